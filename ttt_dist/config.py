@@ -1,0 +1,75 @@
+"""The TTT layer's hyperparameters, checked where they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TTTConfig:
+    """One TTT layer.
+
+    Args:
+        model_dim: `D`, width of the residual stream.
+        num_heads: `H`; each head owns an inner network over `d = D / H` features.
+        inner_model: "mlp" (TTT-MLP, two layers) or "linear" (TTT-Linear).
+        mini_batch_size: `C`, frames whose inner gradients are taken at the same weights.
+        base_lr: inner learning rate before the gate and the division by `d * C`.
+        expansion: hidden size of the inner MLP in multiples of `d`; TTT-Linear has none.
+        causal: frame i sees only frames j <= i. False reproduces TTT-Video, which looks ahead
+            within a mini-batch.
+        inner_eps: eps of the inner LayerNorm (TTT.md: 1e-6; TTT-Video has 1e-8).
+        checkpoint_group_size: mini-batches a gradient checkpoint spans; 0 keeps all activations.
+        rope_base: base period of the rotary embedding inside a mini-batch.
+
+    Raises:
+        ValueError: every field that is out of range, in one message.
+    """
+
+    model_dim: int
+    num_heads: int
+    inner_model: Literal["mlp", "linear"] = "mlp"
+    mini_batch_size: int = 16
+    base_lr: float = 1.0
+    expansion: int = 4
+    causal: bool = True
+    inner_eps: float = 1e-6
+    checkpoint_group_size: int = 16
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("model_dim", "num_heads", "mini_batch_size", "expansion"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}: found {getattr(self, name)}, allowed are integers >= 1")
+        if not problems and self.model_dim % self.num_heads:
+            problems.append(
+                f"num_heads: found {self.num_heads}, allowed are divisors of model_dim={self.model_dim}"
+            )
+        elif not problems and self.head_dim % 2:
+            problems.append(
+                f"num_heads: gives head_dim {self.head_dim}, allowed is an even one (rotary pairs)"
+            )
+        if self.inner_model not in ("mlp", "linear"):
+            problems.append(f"inner_model: found {self.inner_model!r}, allowed are 'mlp', 'linear'")
+        if self.base_lr < 0:
+            problems.append(f"base_lr: found {self.base_lr}, allowed are numbers >= 0")
+        if self.inner_eps <= 0 or self.rope_base <= 0:
+            problems.append("inner_eps and rope_base: allowed are numbers > 0")
+        if self.checkpoint_group_size < 0:
+            problems.append(
+                f"checkpoint_group_size: found {self.checkpoint_group_size}, allowed are 0 (off) or more"
+            )
+        if problems:
+            raise ValueError("TTTConfig: " + "; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        """`d`, features of one head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """`h`, hidden size of the inner MLP."""
+        return self.expansion * self.head_dim

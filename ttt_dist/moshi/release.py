@@ -1,0 +1,132 @@
+"""Finding a base checkpoint in Kyutai's release layout: a hub repository or a local folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from moshi.models.loaders import (
+    MIMI_NAME,
+    MOSHI_NAME,
+    TEXT_TOKENIZER_NAME,
+    CheckpointInfo,
+)
+
+# Configuration keys that name a file of the release, and what moshi falls back to.
+_FILE_KEYS = {
+    "moshi_name": MOSHI_NAME,
+    "mimi_name": MIMI_NAME,
+    "tokenizer_name": TEXT_TOKENIZER_NAME,
+}
+
+
+class ReleaseError(ValueError):
+    """The base checkpoint cannot be used; the message says which file and how to mend it."""
+
+
+def open_release(
+    hf_repo_id: str | None,
+    *,
+    moshi_path: str | None = None,
+    mimi_path: str | None = None,
+    tokenizer_path: str | None = None,
+    config_path: str | None = None,
+) -> CheckpointInfo:
+    """Locate a release and parse its `config.json` with moshi's own code; no weight is read.
+
+    Args:
+        hf_repo_id: a hub repository id (files are fetched once a node into the hub's cache, which
+            locks them) or a local folder with the same files.
+        moshi_path, mimi_path, tokenizer_path, config_path: single local files that replace the
+            release's own, as in moshi-finetune's `moshi_paths`.
+
+    Returns:
+        moshi's `CheckpointInfo`: paths, `lm_config`, `mimi_config`, and its loaders.
+
+    Raises:
+        ReleaseError: the folder or repository lacks a file, the configuration is no JSON object,
+            or a weight file is no `.safetensors` (pickles are never read).
+    """
+    overrides = {
+        "moshi_weights": _override("moshi_paths.moshi_path", moshi_path),
+        "mimi_weights": _override("moshi_paths.mimi_path", mimi_path),
+        "tokenizer": _override("moshi_paths.tokenizer_path", tokenizer_path),
+        "config_path": _override("moshi_paths.config_path", config_path),
+    }
+    if hf_repo_id is None:
+        missing = [name for name, path in overrides.items() if path is None]
+        if missing:
+            raise ReleaseError(
+                "moshi_paths.hf_repo_id: found nothing, and these files are not given either: "
+                f"{', '.join(missing)}; set hf_repo_id to a hub id or a local folder"
+            )
+        hf_repo_id = "local"
+    elif Path(hf_repo_id).is_dir():
+        overrides = _fill_from_folder(Path(hf_repo_id), overrides)
+    elif hf_repo_id.startswith((".", "/", "~")) or hf_repo_id.count("/") != 1:
+        raise ReleaseError(
+            f"moshi_paths.hf_repo_id: found {hf_repo_id!r}, which is neither an existing folder nor "
+            "a hub id 'owner/name'; for the demo's base run `python -m launch.make_demo_base`"
+        )
+    try:
+        info = CheckpointInfo.from_hf_repo(hf_repo_id, **overrides)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ReleaseError(
+            f"moshi_paths.hf_repo_id: cannot fetch {hf_repo_id!r}: {first_line}; check the name and "
+            "the network, or give a local folder in the release layout"
+        ) from error
+    for field, path in (("moshi", info.moshi_weights), ("mimi", info.mimi_weights)):
+        if Path(path).suffix != ".safetensors":
+            raise ReleaseError(
+                f"{field} weights: found {path}, allowed are .safetensors files only (a pickle can "
+                "run code when it is loaded); convert the file first"
+            )
+    return info
+
+
+def _override(field: str, value: str | None) -> Path | None:
+    if value is None:
+        return None
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise ReleaseError(f"{field}: found {value!r}, which is no file")
+    return path
+
+
+def _fill_from_folder(
+    folder: Path, overrides: dict[str, Path | None]
+) -> dict[str, Path | None]:
+    """Explicit paths for every file of a local release, so that moshi asks no hub for any."""
+    filled = dict(overrides)
+    config_path = filled["config_path"] or folder / "config.json"
+    if not config_path.is_file():
+        raise ReleaseError(
+            f"moshi_paths.hf_repo_id: the folder {folder} holds no config.json; it must be a release "
+            "folder (config.json, model.safetensors, Mimi's .safetensors, tokenizer .model)"
+        )
+    raw = read_json_object(config_path)
+    filled["config_path"] = config_path
+    targets = {"moshi_name": "moshi_weights", "mimi_name": "mimi_weights", "tokenizer_name": "tokenizer"}
+    for key, target in targets.items():
+        if filled[target] is None:
+            filled[target] = folder / str(raw.get(key, _FILE_KEYS[key]))
+    if "mimi_config_name" in raw:
+        filled["mimi_config_path"] = folder / str(raw["mimi_config_name"])
+    missing = [str(path) for path in filled.values() if path is not None and not path.is_file()]
+    if missing:
+        raise ReleaseError(f"{config_path} names files that are not there: {', '.join(missing)}")
+    return filled
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises ReleaseError naming the file where it is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReleaseError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ReleaseError(f"{path}: found a JSON {type(value).__name__}, allowed is an object")
+    return value
