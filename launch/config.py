@@ -1,0 +1,392 @@
+"""From a YAML file and `key.path=value` overrides to a checked `TrainConfig`, and back to YAML.
+
+Order: defaults < file < command line. `read_config` collects every problem and still returns a
+usable configuration, so that `launch.preflight` can add what it finds and a person hears all of it
+at once.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from launch import yaml_input
+from launch.errors import UserError
+from launch.schema import TrainConfig
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "REPO_ROOT",
+    "ConfigReading",
+    "TrainConfig",
+    "describe_keys",
+    "dump_yaml",
+    "load_config",
+    "parse_command_line",
+    "read_config",
+    "resolve_global_batch_size",
+    "resolve_run_dir",
+    "utc_timestamp",
+]
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG = REPO_ROOT / "configs" / "demo.yaml"
+TIME = "${time}"
+SECRET_KEYS = frozenset({"wandb.key"})
+
+
+def _flat_schema() -> dict[str, dict[str, Any]]:
+    """Key path → its JSON schema (type, range, enum, default, description)."""
+    schema = TrainConfig.model_json_schema()
+    flat: dict[str, dict[str, Any]] = {}
+    for name, entry in schema["properties"].items():
+        if "$ref" in entry:
+            section = schema["$defs"][entry["$ref"].rsplit("/", 1)[-1]]
+            flat |= {f"{name}.{key}": value for key, value in section["properties"].items()}
+        else:
+            flat[name] = entry
+    return flat
+
+
+KEYS = _flat_schema()
+SECTIONS = frozenset(path.split(".")[0] for path in KEYS if "." in path)
+_KINDS = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "null": "null",
+}
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def _allowed(entry: dict[str, Any]) -> str:
+    """The values that a JSON schema allows, in words."""
+    if "anyOf" in entry:
+        return " or ".join(_allowed(option) for option in entry["anyOf"])
+    if "enum" in entry:
+        return ", ".join(str(value) for value in entry["enum"])
+    if entry.get("type") == "array":
+        items = entry["prefixItems"]
+        return f"a list of {len(items)} items, each {_allowed(items[0])}"
+    bounds = " and ".join(f"{sign} {entry[key]:g}" for key, sign in _BOUNDS.items() if key in entry)
+    return f"{_KINDS[entry['type']]} {bounds}".rstrip()
+
+
+def _is_text(path: str) -> bool:
+    entry = KEYS.get(path, {})
+    return any(option.get("type") == "string" for option in [entry, *entry.get("anyOf", [])])
+
+
+def _nearest(path: str) -> str | None:
+    """The known key that `path` most likely means: the same name elsewhere, or a similar one."""
+    leaf = path.rsplit(".", 1)[-1]
+    same_name = [key for key in KEYS if key.rsplit(".", 1)[-1] == leaf]
+    if same_name:
+        return difflib.get_close_matches(path, same_name, n=1, cutoff=0.0)[0]
+    close = difflib.get_close_matches(path, [*KEYS, *SECTIONS], n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    leaves = {key.rsplit(".", 1)[-1]: key for key in KEYS}
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
+    return leaves[close[0]] if close else None
+
+
+def describe_keys() -> str:
+    """One line a key: path, allowed values, default, meaning."""
+    lines = []
+    for path, entry in KEYS.items():
+        default = f"default {entry['default']!r}" if "default" in entry else "required"
+        lines.append(f"  {path}: {_allowed(entry)} ({default})\n      {entry['description']}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ConfigReading:
+    """What was read: `config` holds defaults in place of the keys in `bad_keys`."""
+
+    config: TrainConfig
+    problems: tuple[str, ...]
+    bad_keys: frozenset[str]
+
+
+def _key_path(location: Sequence[Any]) -> str:
+    """pydantic's error location as a key path, cut at the known key that contains it."""
+    names = [str(part) for part in location]
+    for end in range(1, len(names) + 1):
+        if ".".join(names[:end]) in KEYS:
+            return ".".join(names[:end])
+    return ".".join(names)
+
+
+def _describe_error(error: Any, path: str, overridden: Iterable[str]) -> str:
+    where = " (on the command line)" if path in overridden else ""
+    if error["type"] == "extra_forbidden":
+        nearest = _nearest(path)
+        if nearest is None:
+            return f"{path}: unknown key{where}; `launch/train.py --help` lists all keys"
+        return f"{path}: unknown key{where}; the nearest known key is {nearest}"
+    if error["type"] == "missing":
+        entry = KEYS[path]
+        return f"{path}: is missing; allowed: {_allowed(entry)} ({entry['description']}); add it"
+    if path in SECTIONS:
+        found = type(error["input"]).__name__
+        return (
+            f"{path}: found a {found}; allowed: a section, `{path}:` with its keys indented below"
+        )
+    if path not in KEYS:
+        return f"{path}: {error['msg']}"
+    entry = KEYS[path]
+    found = "" if path in SECRET_KEYS else f"found {repr(error['input'])[:80]}{where}; "
+    hint = f", for example {entry['default']!r}, the default" if entry.get("default") else ""
+    quote = "" if isinstance(error["input"], str) or not _is_text(path) else "; write it in quotes"
+    meaning = entry["description"].strip()
+    return f"{path}: {found}allowed: {_allowed(entry)} ({meaning}{hint}){quote}"
+
+
+def _without(data: dict[str, Any], names: Sequence[Any]) -> dict[str, Any]:
+    """A copy of `data` without the key at `names`, or without the innermost key that exists."""
+    head, rest = names[0], names[1:]
+    inner = data.get(head)
+    if rest and isinstance(inner, dict):
+        return {**data, head: _without(inner, rest)}
+    return {key: value for key, value in data.items() if key != head}
+
+
+def _validate(
+    data: dict[str, Any], overridden: Iterable[str]
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Validate; what fails is told by key path and replaced by its default."""
+    problems: dict[str, str] = {}
+    while True:
+        try:
+            return TrainConfig.model_validate(data), problems
+        except ValidationError as failure:
+            for error in failure.errors(include_url=False):
+                path = _key_path(error["loc"])
+                problems.setdefault(path, _describe_error(error, path, overridden))
+                if error["type"] == "missing":
+                    data = yaml_input.merge(data, tuple(str(part) for part in error["loc"]), "")
+                else:
+                    data = _without(data, error["loc"])
+
+
+def _absolute(text: str) -> str:
+    return str(Path(text).expanduser().absolute())
+
+
+def _absolute_source(text: str) -> str:
+    """Each path of `path:weight,path:weight` made absolute; the weights stay as they are."""
+    parts = []
+    for part in text.split(","):
+        path, colon, weight = part.strip().rpartition(":")
+        is_weight = bool(colon) and weight.replace(".", "", 1).isdigit()
+        parts.append(f"{_absolute(path)}:{weight}" if is_weight else _absolute(part.strip()))
+    return ",".join(parts)
+
+
+def _absolute_if_local(text: str | None) -> str | None:
+    """A hub id stays; a local file or folder becomes absolute."""
+    if text is None or not Path(text).expanduser().exists():
+        return text
+    return _absolute(text)
+
+
+def _absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Relative paths hold for the working directory of the start; a saved file must outlive it."""
+    data, release = config.data, config.moshi_paths
+    plots = config.ttt.inner_loop_plot_dir
+    sources = {
+        name: _absolute_source(value)
+        for name in ("train_data", "eval_data")
+        if (value := getattr(data, name))
+    }
+    cache = {"cache_dir": _absolute(data.cache_dir)} if data.cache_dir else {}
+    files = {name: _absolute_if_local(value) for name, value in release.model_dump().items()}
+    return config.model_copy(
+        update={
+            "run_dir": _absolute(config.run_dir) if config.run_dir else "",
+            "data": data.model_copy(update=sources | cache),
+            "moshi_paths": release.model_copy(update=files),
+            "ttt": config.ttt.model_copy(
+                update={"inner_loop_plot_dir": _absolute(plots) if plots else None}
+            ),
+        }
+    )
+
+
+def _nothing_to_train(config: TrainConfig) -> str | None:
+    has_ttt = config.ttt.enable and config.ttt.layers != "none"
+    if config.full_finetuning or config.lora.enable or has_ttt:
+        return None
+    return (
+        "nothing to train: full_finetuning is false, lora.enable is false and "
+        f"ttt.enable is {str(config.ttt.enable).lower()} (ttt.layers: {config.ttt.layers}); "
+        "set one of the three: full_finetuning: true, lora.enable: true, or ttt.enable: true"
+    )
+
+
+def _key_in_file(config: TrainConfig) -> str | None:
+    if config.wandb.key is None:
+        return None
+    return (
+        "wandb.key: a key in a configuration leaks into copies and run folders; allowed: null; "
+        "remove it (and revoke it, if the file was shared), then `wandb login` or set WANDB_API_KEY"
+    )
+
+
+def _profile_range(config: TrainConfig) -> str | None:
+    last = config.profile.start_step + config.profile.num_steps - 1
+    if not config.profile.enable or last <= config.max_steps:
+        return None
+    return (
+        f"profile: traces steps {config.profile.start_step} to {last}, but max_steps is "
+        f"{config.max_steps}; lower profile.start_step or profile.num_steps"
+    )
+
+
+def _float64_on_gpu(config: TrainConfig) -> str | None:
+    if config.param_dtype != "float64" or config.device != "cuda":
+        return None
+    return (
+        "param_dtype: found float64 with device cuda; float64 is for proofs on a CPU; "
+        "allowed there: auto, bfloat16, float32"
+    )
+
+
+def _empty_shard(config: TrainConfig) -> str | None:
+    if config.parallel.dp_shard != 0:
+        return None
+    return "parallel.dp_shard: found 0; allowed: -1 (the rest of the world) or a whole number ≥ 1"
+
+
+# (keys that the rule reads, rule): a rule isn't asked where one of its keys is wrong already.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], str | None]], ...] = (
+    (("full_finetuning", "lora.enable", "ttt.enable", "ttt.layers"), _nothing_to_train),
+    (("wandb.key",), _key_in_file),
+    (("profile.start_step", "profile.num_steps", "max_steps"), _profile_range),
+    (("param_dtype", "device"), _float64_on_gpu),
+    (("parallel.dp_shard",), _empty_shard),
+)
+
+
+def read_config(path: Path | None, overrides: Sequence[str] = ()) -> ConfigReading:
+    """Read the file `path` (None: defaults alone) and the overrides; raises for none of it."""
+    data, problems = ({}, []) if path is None else yaml_input.read_mapping(path)
+    unreadable = bool(problems) and not data
+    data = {str(key): value for key, value in data.items()}
+    data |= {name: {} for name in SECTIONS if name in data and data[name] is None}
+    overridden: set[str] = set()
+    uncertain: set[str] = set()
+    for argument in overrides:
+        override = yaml_input.parse_override(argument)
+        if isinstance(override, str):
+            problems.append(override)
+            continue
+        value, problem = yaml_input.parse_value(override)
+        if problem is not None:
+            problems.append(problem)
+            uncertain.add(override.path)
+            continue
+        if _is_text(override.path) and not isinstance(value, (str, list, type(None))):
+            value = override.text.strip()  # a name such as 007 or 2024-01-01 is meant as typed
+        data = yaml_input.merge(data, override.keys, value)
+        overridden.add(override.path)
+    known = {"repo": str(REPO_ROOT), "time": TIME}
+    data, unknown_placeholders = yaml_input.expand(data, known)
+    problems += unknown_placeholders.values()
+    uncertain |= {*unknown_placeholders}
+    config, wrong = _validate(data, overridden)
+    if unreadable:
+        # The one problem is the file; that its keys are missing would only distract.
+        wrong, uncertain = {}, set(KEYS)
+    problems += wrong.values()
+    bad_keys = uncertain | set(wrong)
+    for key in KEYS:
+        section, _, leaf = key.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, leaf)
+        if isinstance(value, str) and TIME in value and key != "run_dir":
+            problems.append(f"{key}: found {value!r}; {TIME} is allowed in run_dir alone")
+    config = _absolute_paths(config)
+    if not unreadable:
+        for keys, rule in _RULES:
+            sections = {key.split(".")[0] for key in keys}
+            if not bad_keys & ({*keys} | sections) and (problem := rule(config)) is not None:
+                problems.append(problem)
+    return ConfigReading(config, tuple(problems), frozenset(bad_keys))
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`read_config`, or a `UserError` with every problem in it."""
+    reading = read_config(path, overrides)
+    if reading.problems:
+        source = "the configuration" if path is None else str(path)
+        raise UserError(reading.problems, title=f"Can't use {source}")
+    return reading.config
+
+
+def parse_command_line(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    """`[CONFIG] [key.path=value …]` → the config file (default: the demo) and the overrides."""
+    files = [argument for argument in arguments if "=" not in argument]
+    unknown = [argument for argument in files if argument.startswith("-")]
+    if unknown or len(files) > 1:
+        raise UserError(
+            f"command line: found {' '.join(unknown or files)}; "
+            "allowed: one config file, then key.path=value (without dashes or spaces)"
+        )
+    overrides = [argument for argument in arguments if "=" in argument]
+    return (Path(files[0]) if files else DEFAULT_CONFIG), overrides
+
+
+def utc_timestamp() -> str:
+    """Now, as text for file names. Ranks differ: take rank 0's."""
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
+
+def resolve_run_dir(config: TrainConfig, timestamp: str) -> TrainConfig:
+    """`config` with `${time}` in `run_dir` replaced by `timestamp`, which all ranks must share."""
+    return config.model_copy(update={"run_dir": config.run_dir.replace(TIME, timestamp)})
+
+
+def resolve_global_batch_size(config: TrainConfig, dp: int) -> tuple[int, int]:
+    """Pieces of a step over all ranks, and forward passes of a step on each rank.
+
+    Args:
+        config: where `global_batch_size` is null, it is `batch_size * num_microbatches * dp`;
+            otherwise the number of microbatches follows from it.
+        dp: data-parallel ranks, `dp_replicate * dp_shard`; the ranks of a tp group count once.
+
+    Raises:
+        UserError: `global_batch_size` isn't a multiple of `batch_size * dp`, or it contradicts
+            `num_microbatches` (on resume that is recomputed, since the layout may have changed).
+    """
+    per_pass = config.batch_size * dp
+    total = config.global_batch_size
+    if total is None:
+        return per_pass * config.num_microbatches, config.num_microbatches
+    if total % per_pass != 0:
+        below, above = total // per_pass * per_pass, (total // per_pass + 1) * per_pass
+        nearest = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"global_batch_size: found {total}, which isn't a multiple of batch_size * dp = "
+            f"{config.batch_size} * {dp} = {per_pass}; nearest allowed: {nearest}; "
+            "or change batch_size or the number of ranks"
+        )
+    passes = total // per_pass
+    if not config.resume and config.num_microbatches not in (1, passes):
+        raise UserError(
+            f"num_microbatches: found {config.num_microbatches}, but global_batch_size {total} "
+            f"over batch_size * dp = {per_pass} makes {passes}; remove one of the two keys"
+        )
+    return total, passes
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    """`config` as YAML that loads again to an equal configuration. Secrets are left out."""
+    data = config.model_dump(mode="json", exclude={"wandb": {"key"}})
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
