@@ -1,0 +1,23 @@
+"""The inner loop of TTT layers as pure functions on plain tensors; imports torch alone.
+
+state = mlp_state(W1, b1, W2, b2, batch_size)            # or linear_state(W1, b1, batch_size)
+out, state = ttt_mlp(q, k, v, eta, ln_weight, ln_bias, state, mini_batch_size=16)
+"""
+
+from ttt_dist.ops.reference import reference_scan
+from ttt_dist.ops.rope import apply_rope, rope_table, stream_positions
+from ttt_dist.ops.state import InnerState, linear_state, mlp_state
+from ttt_dist.ops.ttt_linear import ttt_linear
+from ttt_dist.ops.ttt_mlp import ttt_mlp
+
+__all__ = [
+    "InnerState",
+    "apply_rope",
+    "linear_state",
+    "mlp_state",
+    "reference_scan",
+    "rope_table",
+    "stream_positions",
+    "ttt_linear",
+    "ttt_mlp",
+]

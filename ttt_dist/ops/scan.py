@@ -1,0 +1,284 @@
+"""The one driver of the inner loop: any inner depth, any length, any offset of every lane.
+
+Nothing here asks the device for a value, so a scan never waits for it and can be captured in a
+CUDA graph. Lengths, offsets and completed mini-batches are int64 tensors on the device:
+
+* Lanes that stand at different offsets are shifted right by their offset into one *layout* of
+  positions, where mini-batch m is `[m C, (m + 1) C)` in every lane. Positions without a frame have
+  an inner learning rate of zero. A fresh state, or a single frame, needs no shift.
+* A mini-batch changes a lane's weights only if the lane has frames up to its end.
+* What a lane's unfinished mini-batch contributes is computed after the scan, from its last
+  frames (at most C - 1), at the weights that the lane ends with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ttt_dist.ops.checks import check_scan_arguments
+from ttt_dist.ops.mini_batch import (
+    InnerNorm,
+    Weights,
+    mini_batch_step,
+    minus,
+    scores,
+    token_gradients,
+    weight_changes,
+)
+from ttt_dist.ops.state import InnerState, compute_dtype
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """Settings of one scan."""
+
+    mini_batch_size: int
+    causal: bool
+    eps: float
+    group_size: int  # mini-batches a checkpointed group; 0: none is checkpointed
+
+
+def scan(
+    op: str,
+    depth: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    state: InnerState,
+    *,
+    mini_batch_size: int,
+    causal: bool,
+    inner_eps: float,
+    checkpoint_group_size: int | None,
+) -> tuple[Tensor, InnerState]:
+    """Run the inner loop of `depth` linear maps; `ttt_mlp` documents arguments and errors."""
+    check_scan_arguments(
+        op,
+        depth,
+        q,
+        k,
+        v,
+        eta,
+        ln_weight,
+        ln_bias,
+        state,
+        mini_batch_size=mini_batch_size,
+        causal=causal,
+        inner_eps=inner_eps,
+        checkpoint_group_size=checkpoint_group_size,
+    )
+    loop = _Loop(mini_batch_size, causal, inner_eps, checkpoint_group_size or 0)
+    # The op decides itself what runs in which dtype: autocast would take the state to bf16.
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = compute_dtype(q.dtype)
+        gamma, beta = (t.to(dtype).unsqueeze(-2) for t in (ln_weight, ln_bias))  # [H, 1, d]
+        return _scan(loop, q, k, v, eta.to(dtype), gamma, beta, state)
+
+
+def real_lengths(eta: Tensor) -> Tensor:
+    """Number of frames before the trailing padding, int64 `[B]`.
+
+    Padding is the frames at the end of a lane whose `eta` `[B, H, L]` is exactly 0 in all heads.
+    """
+    counted = torch.arange(1, eta.shape[-1] + 1, device=eta.device)
+    return torch.where((eta != 0).any(dim=1), counted, 0).amax(dim=-1)
+
+
+def _take_frames(x: Tensor, index: Tensor) -> Tensor:
+    """Frames `index` `[B, N]` of `x` `[B, H, L, d]` or `[B, H, L]`; must lie in `[0, L)`."""
+    index = index[:, None] if x.ndim == 3 else index[:, None, :, None]
+    shape = list(x.shape)
+    shape[2] = index.shape[2]
+    return x.gather(2, index.expand(shape))
+
+
+def _scan(
+    loop: _Loop,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: InnerState,
+) -> tuple[Tensor, InnerState]:
+    L, C = q.shape[2], loop.mini_batch_size
+    lengths = real_lengths(eta)
+    end = state.offset + lengths  # position after each lane's last frame
+    pending = None if state.fresh else state.pending
+    shifted = not state.fresh and L > 1
+    if L == 1 or (state.fresh and L <= C):
+        out, weights, pending_after = _one_segment(
+            loop, q, k, v, eta, gamma, beta, state.weights, pending, end
+        )
+    else:
+        frames = (q, k, v, eta)
+        if shifted:
+            frames = _lay_out(frames, state.offset, loop)
+        out, weights = _all_segments(loop, *frames, gamma, beta, state.weights, pending, end)
+        if shifted:
+            frame = torch.arange(L, device=q.device)
+            out = _take_frames(out, state.offset[:, None] + frame)
+        pending_after = _unfinished(loop, k, v, eta, gamma, beta, weights, state, end)
+    return out, InnerState(weights, pending_after, end % C, C)
+
+
+def _lay_out(
+    frames: tuple[Tensor, Tensor, Tensor, Tensor], offset: Tensor, loop: _Loop
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shift every lane right by its offset; `[B, H, L + C - 1, …]`, long enough for any offset."""
+    q, k, v, eta = frames
+    L = q.shape[2]
+    position = torch.arange(L + loop.mini_batch_size - 1, device=q.device)
+    frame = position - offset[:, None]  # [B, L + C - 1]
+    present = ((frame >= 0) & (frame < L))[:, None]  # [B, 1, L + C - 1]
+    frame = frame.clamp(0, L - 1)
+    # Positions without a frame repeat a neighbour, so that nothing there can overflow.
+    q, k, v = (_take_frames(x, frame) for x in (q, k, v))
+    return q, k, v, torch.where(present, _take_frames(eta, frame), 0.0)
+
+
+def _one_segment(
+    loop: _Loop,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weights: Weights,
+    pending: Weights | None,
+    end: Tensor,
+) -> tuple[Tensor, Weights, Weights]:
+    """Frames of a single mini-batch, perhaps its last ones: outputs, weights and pending."""
+    norm = InnerNorm(gamma, beta, loop.eps)
+    scores1 = scores(q, k, q.dtype, eta.dtype, loop.causal)
+    out, weights, tokens = mini_batch_step(
+        weights, pending, q, k, v, eta[..., None], scores1, None, norm, loop.causal
+    )
+    changes = weight_changes(tokens, k.dtype)
+    if pending is not None:
+        changes = tuple(p + c for p, c in zip(pending, changes, strict=True))
+    complete = (end >= loop.mini_batch_size)[:, None, None, None]
+    after = tuple(
+        torch.where(complete, new, old)
+        for new, old in zip(minus(weights, changes), weights, strict=True)
+    )
+    return out, after, tuple(torch.where(complete, 0.0, c) for c in changes)
+
+
+def _all_segments(
+    loop: _Loop,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weights: Weights,
+    pending: Weights | None,
+    end: Tensor,
+) -> tuple[Tensor, Weights]:
+    """All mini-batches of a layout, group by group: outputs, and weights with completed ones."""
+    L, C = q.shape[2], loop.mini_batch_size
+    full = L // C
+    group_size = loop.group_size or full
+    groups = [min(group_size, full - start) for start in range(0, full, group_size)]
+    lengths = [n * C for n in groups] + ([L % C] if L % C else [])
+    borders = torch.arange(C, full * C + 1, C, device=q.device)
+    completed = (end[:, None] >= borders).to(eta.dtype)  # [B, full]
+    # No lane completes the shorter mini-batch at the end.
+    masks: list[Tensor | None] = [*completed.split(groups, dim=1)]
+    masks += [None] * (len(lengths) - len(groups))
+
+    differentiable = (q, k, v, eta, gamma, beta, *weights, *(pending or ()))
+    checkpointed = (
+        loop.group_size > 0
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in differentiable)
+    )
+    outs = []
+    # Split once: indexing inside the loop would make each step's backward allocate a gradient of
+    # the full length, O(L²) bytes in all.
+    pieces = zip(*(x.split(lengths, dim=2) for x in (q, k, v, eta)), strict=True)
+    for piece, mask in zip(pieces, masks, strict=True):
+        arguments = (loop, *piece, gamma, beta, weights, pending, mask)
+        if checkpointed:
+            # Nothing in a group draws random numbers.
+            out, weights = checkpoint(
+                _group, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            out, weights = _group(*arguments)
+        outs.append(out)
+        pending = None
+    return torch.cat(outs, dim=2), weights
+
+
+def _group(
+    loop: _Loop,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weights: Weights,
+    pending: Weights | None,
+    completed: Tensor | None,
+) -> tuple[Tensor, Weights]:
+    """Consecutive mini-batches, `completed` `[B, n]`; or one shorter one, where that is None."""
+    n = 1 if completed is None else completed.shape[1]
+    norm = InnerNorm(gamma, beta, loop.eps)
+    q_n, k_n, v_n, eta_n = (x.unflatten(2, (n, -1)) for x in (q, k, v, eta[..., None]))
+    # [B, H, n, C, C]: independent of the state, so for all mini-batches at once.
+    scores1 = scores(q_n, k_n, q.dtype, eta.dtype, loop.causal)
+    masks: list[Tensor | None] = [None]
+    if completed is not None:
+        masks = [*completed[:, :, None, None, None].unbind(1)]
+    outs = []
+    steps = zip(*(x.unbind(2) for x in (q_n, k_n, v_n, eta_n, scores1)), masks, strict=True)
+    for q_m, k_m, v_m, eta_m, scores_m, mask in steps:
+        out, weights, _ = mini_batch_step(
+            weights, pending, q_m, k_m, v_m, eta_m, scores_m, mask, norm, loop.causal
+        )
+        outs.append(out)
+        pending = None
+    return torch.cat(outs, dim=2), weights
+
+
+def _unfinished(
+    loop: _Loop,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weights: Weights,
+    state: InnerState,
+    end: Tensor,
+) -> Weights:
+    """What every lane's mini-batch in progress contributes, at the weights it ends with."""
+    C, L = loop.mini_batch_size, k.shape[2]
+    start = end - end % C  # position of the first token of the mini-batch in progress
+    # A window of each lane's last frames, long enough for what can be unfinished. Tokens of the
+    # mini-batch in progress that came with earlier calls are in `state.pending`.
+    window = min(max(C - 1, 1), L)
+    frame = (end - state.offset)[:, None] + torch.arange(-window, 0, device=k.device)
+    present = (frame >= 0) & (frame + state.offset[:, None] >= start[:, None])
+    frame = frame.clamp(0, L - 1)
+    k, v, eta = (_take_frames(x, frame) for x in (k, v, eta))
+    eta = torch.where(present[:, None], eta, 0.0)
+    norm = InnerNorm(gamma, beta, loop.eps)
+    changes = weight_changes(token_gradients(weights, k, v, eta[..., None], norm), k.dtype)
+    if state.fresh:
+        return changes
+    same = (start == 0)[:, None, None, None]
+    return tuple(torch.where(same, p + c, c) for p, c in zip(state.pending, changes, strict=True))

@@ -1,0 +1,188 @@
+"""The state that a TTT scan carries along a stream: a plain bag of tensors, lanes first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state, inner LayerNorm and inner losses for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weight_names(depth: int) -> list[str]:
+    """`["W1", "b1", "W2", "b2", ...]` of an inner network with `depth` linear maps."""
+    return [f"{letter}{layer}" for layer in range(1, depth + 1) for letter in "Wb"]
+
+
+@dataclass(frozen=True)
+class InnerState:
+    """Weights of the inner network of every lane and head, and the mini-batch in progress.
+
+    A lane is one row of the batch, one stream of its own. Every tensor has the lanes as its first
+    dim, so that a lane is reset with `torch.where` and saved by slicing. `W_in`, `W_out` below are
+    the widths of a layer: `d → h → d` for TTT-MLP, `d → d` for TTT-Linear.
+
+    Attributes:
+        weights: `(W1, b1, W2, b2, …)`, `W [B, H, W_in, W_out]`, `b [B, H, 1, W_out]`, float32 or
+            float64: the weights with every *completed* mini-batch applied.
+        pending: same shapes and order: `Σ_j η_j ∇l_j(weights)` over the tokens of the mini-batch in
+            progress. Its tokens read `weights - pending`; once the mini-batch is complete, that is
+            what `weights` becomes.
+        offset: int64 `[B]` on the state's device, `0 ≤ offset < mini_batch_size`: how many tokens
+            of the mini-batch in progress each lane has seen.
+        mini_batch_size: what `offset` counts up to, once a scan has been run on the state. None
+            marks a *fresh* state (no token in any lane, `offset` and `pending` zero), so that a
+            scan knows it without asking the device.
+    """
+
+    weights: tuple[Tensor, ...]
+    pending: tuple[Tensor, ...]
+    offset: Tensor
+    mini_batch_size: int | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """True where no scan has been run on this state yet."""
+        return self.mini_batch_size is None
+
+    @property
+    def depth(self) -> int:
+        """Number of linear maps of the inner network: 1 for TTT-Linear, 2 for TTT-MLP."""
+        return len(self.weights) // 2
+
+    @property
+    def W1(self) -> Tensor:  # noqa: N802
+        """`[B, H, d, h]` (TTT-Linear: `[B, H, d, d]`), completed mini-batches applied."""
+        return self.weights[0]
+
+    @property
+    def b1(self) -> Tensor:
+        """`[B, H, 1, h]` (TTT-Linear: `[B, H, 1, d]`), completed mini-batches applied."""
+        return self.weights[1]
+
+    @property
+    def W2(self) -> Tensor:  # noqa: N802
+        """`[B, H, h, d]`, completed mini-batches applied. TTT-Linear has none: AttributeError."""
+        return self._second_layer(2)
+
+    @property
+    def b2(self) -> Tensor:
+        """`[B, H, 1, d]`, completed mini-batches applied. TTT-Linear has none: AttributeError."""
+        return self._second_layer(3)
+
+    def _second_layer(self, index: int) -> Tensor:
+        if self.depth < 2:
+            raise AttributeError("a TTT-Linear state has W1 and b1 alone, no second layer")
+        return self.weights[index]
+
+    def detach(self) -> InnerState:
+        """The same values, cut off from the graph that made them (truncated backpropagation)."""
+        return self.map(torch.Tensor.detach)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> InnerState:
+        """`function` applied to every tensor (weights, pending and offset), the rest kept."""
+        return replace(
+            self,
+            weights=tuple(function(t) for t in self.weights),
+            pending=tuple(function(t) for t in self.pending),
+            offset=function(self.offset),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name: `W1 b1 … pending_W1 pending_b1 … offset`, e.g. for a checkpoint."""
+        names = weight_names(self.depth)
+        named = dict(zip(names, self.weights, strict=True))
+        named |= {f"pending_{n}": t for n, t in zip(names, self.pending, strict=True)}
+        named["offset"] = self.offset
+        return named
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], mini_batch_size: int | None) -> InnerState:
+        """Inverse of `tensors()`; `mini_batch_size` is that of the state that was taken apart.
+
+        Raises:
+            ValueError: names are missing or unknown.
+        """
+        depth = sum(name.startswith("W") for name in tensors)
+        names = weight_names(depth)
+        expected = {*names, *(f"pending_{n}" for n in names), "offset"}
+        if depth == 0 or set(tensors) != expected:
+            raise ValueError(f"a state has the tensors {sorted(expected)}, found {sorted(tensors)}")
+        return cls(
+            weights=tuple(tensors[n] for n in names),
+            pending=tuple(tensors[f"pending_{n}"] for n in names),
+            offset=tensors["offset"],
+            mini_batch_size=mini_batch_size,
+        )
+
+
+def _fresh_state(parameters: Mapping[str, Tensor], batch_size: int) -> InnerState:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    first = parameters["W1"]
+    problems = [
+        f"{name} is {t.dtype} on {t.device}, expected a floating dtype, that of W1 "
+        f"({first.dtype} on {first.device})"
+        for name, t in parameters.items()
+        if not t.is_floating_point() or t.dtype != first.dtype or t.device != first.device
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    dtype = compute_dtype(first.dtype)
+    # Expanded views: a fresh state takes no memory of its own, however many lanes there are.
+    weights = tuple(t.to(dtype).expand(batch_size, *t.shape) for t in parameters.values())
+    pending = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
+    offset = torch.zeros(batch_size, dtype=torch.int64, device=first.device)
+    return InnerState(weights, pending, offset)
+
+
+def _check_shapes(parameters: Mapping[str, Tensor], expected: Mapping[str, list[int]]) -> None:
+    problems = [
+        f"{name} has shape {list(t.shape)}, expected {expected[name]}"
+        for name, t in parameters.items()
+        if list(t.shape) != expected[name]
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def mlp_state(W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, batch_size: int) -> InnerState:
+    """Fresh TTT-MLP state (`f(x) = gelu(x W1 + b1) W2 + b2`) for `batch_size` lanes.
+
+    Args:
+        W1, b1, W2, b2: per head, `[H, d, h]`, `[H, 1, h]`, `[H, h, d]`, `[H, 1, d]`. All lanes
+            start from them, and gradients reach them. float64 stays, all else becomes float32.
+        batch_size: number of lanes, at least 1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, naming each tensor.
+    """
+    if W1.ndim != 3:
+        raise ValueError(f"W1 has shape {list(W1.shape)}, expected [H, d, h]")
+    H, d, h = W1.shape
+    parameters = {"W1": W1, "b1": b1, "W2": W2, "b2": b2}
+    _check_shapes(parameters, {"W1": [H, d, h], "b1": [H, 1, h], "W2": [H, h, d], "b2": [H, 1, d]})
+    return _fresh_state(parameters, batch_size)
+
+
+def linear_state(W1: Tensor, b1: Tensor, batch_size: int) -> InnerState:
+    """Fresh TTT-Linear state (`f(x) = x W1 + b1`) for `batch_size` lanes.
+
+    Args:
+        W1, b1: per head, `[H, d, d]`, `[H, 1, d]`; see `mlp_state`.
+        batch_size: number of lanes, at least 1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, naming each tensor.
+    """
+    if W1.ndim != 3:
+        raise ValueError(f"W1 has shape {list(W1.shape)}, expected [H, d, d]")
+    H, d, _ = W1.shape
+    parameters = {"W1": W1, "b1": b1}
+    _check_shapes(parameters, {"W1": [H, d, d], "b1": [H, 1, d]})
+    return _fresh_state(parameters, batch_size)

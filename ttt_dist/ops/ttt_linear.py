@@ -1,0 +1,43 @@
+"""TTT-Linear: the inner network is `f(x) = x W1 + b1`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ttt_dist.ops.scan import scan
+from ttt_dist.ops.state import InnerState
+
+
+def ttt_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    state: InnerState,
+    *,
+    mini_batch_size: int,
+    causal: bool = True,
+    inner_eps: float = 1e-6,
+    checkpoint_group_size: int | None = 16,
+) -> tuple[Tensor, InnerState]:
+    """`ttt_mlp` with a linear inner network; `state` is that of `linear_state`.
+
+    Arguments, returned values, padding and errors: see `ttt_mlp`.
+    """
+    return scan(
+        "ttt_linear",
+        1,
+        q,
+        k,
+        v,
+        eta,
+        ln_weight,
+        ln_bias,
+        state,
+        mini_batch_size=mini_batch_size,
+        causal=causal,
+        inner_eps=inner_eps,
+        checkpoint_group_size=checkpoint_group_size,
+    )

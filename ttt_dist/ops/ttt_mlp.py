@@ -1,0 +1,77 @@
+"""TTT-MLP: the inner network is `f(x) = gelu(x W1 + b1) W2 + b2`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ttt_dist.ops.scan import scan
+from ttt_dist.ops.state import InnerState
+
+
+def ttt_mlp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    state: InnerState,
+    *,
+    mini_batch_size: int,
+    causal: bool = True,
+    inner_eps: float = 1e-6,
+    checkpoint_group_size: int | None = 16,
+) -> tuple[Tensor, InnerState]:
+    """Read every token from an inner MLP that learns from the tokens as they come.
+
+    With `l_j(W) = ½‖LN(f(k_j; W)) - (v_j - k_j)‖²` and `W_s` the weights at the start of token i's
+    mini-batch, `out_i = q_i + LN(f(q_i; W_s - Σ_{j ≤ i} η_j ∇l_j(W_s)))`, the sum over tokens of
+    the same mini-batch (with `causal=False` over all of them). The next mini-batch starts from
+    `W_s` minus the whole sum. Source: arXiv 2407.04620; `causal=False` is the form of TTT-Video,
+    arXiv 2504.05298.
+
+    A sequence may be fed in any split of lengths while carrying the state (`causal=False`: at
+    mini-batch borders); the result is that of one call. Differentiable in all tensors, those of the
+    initial and of the returned state included.
+
+    Padding: the frames at the end of a lane whose `eta` is exactly 0 in all heads are no part of
+    the stream. They leave the weights and what is pending untouched and don't advance the offset,
+    even where they fill up a mini-batch; a lane of zeros comes back unchanged. They must be finite,
+    and their outputs carry no meaning. (A zero with a non-zero after it is an ordinary token.)
+
+    Args:
+        q, k, v: `[B, H, L, d]`, any `L ≥ 1`; bfloat16, float32 or float64, the same for all.
+            Operands of matrix products take this dtype.
+        eta: `[B, H, L]`, inner learning rate of each token with all factors applied, the nominal
+            `1 / mini_batch_size` included. Dtype of the state, or q's.
+        ln_weight, ln_bias: `[H, d]`, per-head inner LayerNorm. Dtype of the state, or q's.
+        state: of `mlp_state`, or as returned by the call before. float32 (float64 where q is), as
+            are inner LayerNorm and losses.
+        mini_batch_size: C, tokens that share their start weights; the same over a stream.
+        causal: False lets a token read from later ones of its mini-batch.
+        inner_eps: of the inner LayerNorm.
+        checkpoint_group_size: mini-batches whose activations are recomputed together in the
+            backward, only the state between groups being kept; 0 or None keeps all activations.
+
+    Returns:
+        `[B, H, L, d]` in q's dtype, and the state after the last frame.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't fit, `L` is 0, the state is another op's or was
+            carried with another `mini_batch_size`, or `causal=False` meets a started mini-batch.
+    """
+    return scan(
+        "ttt_mlp",
+        2,
+        q,
+        k,
+        v,
+        eta,
+        ln_weight,
+        ln_bias,
+        state,
+        mini_batch_size=mini_batch_size,
+        causal=causal,
+        inner_eps=inner_eps,
+        checkpoint_group_size=checkpoint_group_size,
+    )
