@@ -45,7 +45,8 @@ class TTTConfig:
                 problems.append(f"{name}: found {getattr(self, name)}, allowed are integers >= 1")
         if not problems and self.model_dim % self.num_heads:
             problems.append(
-                f"num_heads: found {self.num_heads}, allowed are divisors of model_dim={self.model_dim}"
+                f"num_heads: found {self.num_heads}, allowed are divisors of "
+                f"model_dim={self.model_dim}"
             )
         elif not problems and self.head_dim % 2:
             problems.append(
@@ -59,7 +60,8 @@ class TTTConfig:
             problems.append("inner_eps and rope_base: allowed are numbers > 0")
         if self.checkpoint_group_size < 0:
             problems.append(
-                f"checkpoint_group_size: found {self.checkpoint_group_size}, allowed are 0 (off) or more"
+                f"checkpoint_group_size: found {self.checkpoint_group_size}, allowed are 0 (off) "
+                "or more"
             )
         if problems:
             raise ValueError("TTTConfig: " + "; ".join(problems))

@@ -67,16 +67,16 @@ def open_release(
         overrides = _fill_from_folder(Path(hf_repo_id), overrides)
     elif hf_repo_id.startswith((".", "/", "~")) or hf_repo_id.count("/") != 1:
         raise ReleaseError(
-            f"moshi_paths.hf_repo_id: found {hf_repo_id!r}, which is neither an existing folder nor "
-            "a hub id 'owner/name'; for the demo's base run `python -m launch.make_demo_base`"
+            f"moshi_paths.hf_repo_id: found {hf_repo_id!r}, which is neither an existing folder "
+            "nor a hub id 'owner/name'; for the demo's base run `python -m launch.make_demo_base`"
         )
     try:
         info = CheckpointInfo.from_hf_repo(hf_repo_id, **overrides)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ReleaseError(
-            f"moshi_paths.hf_repo_id: cannot fetch {hf_repo_id!r}: {first_line}; check the name and "
-            "the network, or give a local folder in the release layout"
+            f"moshi_paths.hf_repo_id: cannot fetch {hf_repo_id!r}: {first_line}; check the name "
+            "and the network, or give a local folder in the release layout"
         ) from error
     for field, path in (("moshi", info.moshi_weights), ("mimi", info.mimi_weights)):
         if Path(path).suffix != ".safetensors":
@@ -96,20 +96,22 @@ def _override(field: str, value: str | None) -> Path | None:
     return path
 
 
-def _fill_from_folder(
-    folder: Path, overrides: dict[str, Path | None]
-) -> dict[str, Path | None]:
+def _fill_from_folder(folder: Path, overrides: dict[str, Path | None]) -> dict[str, Path | None]:
     """Explicit paths for every file of a local release, so that moshi asks no hub for any."""
     filled = dict(overrides)
     config_path = filled["config_path"] or folder / "config.json"
     if not config_path.is_file():
         raise ReleaseError(
-            f"moshi_paths.hf_repo_id: the folder {folder} holds no config.json; it must be a release "
-            "folder (config.json, model.safetensors, Mimi's .safetensors, tokenizer .model)"
+            f"moshi_paths.hf_repo_id: the folder {folder} holds no config.json; it must be a "
+            "release folder (config.json, model.safetensors, Mimi's .safetensors, tokenizer .model)"
         )
     raw = read_json_object(config_path)
     filled["config_path"] = config_path
-    targets = {"moshi_name": "moshi_weights", "mimi_name": "mimi_weights", "tokenizer_name": "tokenizer"}
+    targets = {
+        "moshi_name": "moshi_weights",
+        "mimi_name": "mimi_weights",
+        "tokenizer_name": "tokenizer",
+    }
     for key, target in targets.items():
         if filled[target] is None:
             filled[target] = folder / str(raw.get(key, _FILE_KEYS[key]))

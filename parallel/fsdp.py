@@ -1,0 +1,88 @@
+"""FSDP2 over Moshi: which module is a unit, on which mesh, in which dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from parallel.mesh import Mesh
+from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.build import depformer_layers, transformer_layers
+
+
+def apply_fsdp(
+    model: TTTMoshi,
+    mesh: Mesh,
+    *,
+    compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Shard every parameter: each layer a unit, the rest (embeddings, heads) the root's.
+
+    | unit | mesh | computes in |
+    |---|---|---|
+    | TTT layer | dp_shard, its heads being split over tp | its master dtype |
+    | layers of Moshi and Depformer, with α | dp_shard × tp | `compute_dtype` |
+    | root: embeddings, last norms, heads | dp_shard × tp | `compute_dtype` |
+
+    TTT layers keep their master dtype when gathered: the inner weights, norms and learning rate
+    start a float32 recurrence, and the layer itself casts its projections to the input's dtype.
+
+    Args:
+        compute_dtype: dtype of Moshi's gathered weights and activations.
+        reduce_dtype: dtype in which gradients are summed over ranks.
+        reshard_after_forward: free gathered weights between forward and backward.
+    """
+    backbone = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=True
+    )
+    ttt = MixedPrecisionPolicy(
+        param_dtype=None, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    layers = transformer_layers(model)
+    for layer in layers:
+        if layer.ttt is not None:
+            _shard(layer.ttt.layer, mesh.head_sharded, ttt, reshard_after_forward)
+    for layer in layers + depformer_layers(model):
+        _shard(layer, mesh.repeated, backbone, reshard_after_forward)
+    # The root's weights are needed last in the forward and first in the backward.
+    _shard(model, mesh.repeated, backbone, False)
+
+
+def _shard(
+    module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
+) -> None:
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=reshard,
+        shard_placement_fn=_shard_dim(mesh.size(mesh.ndim - 1)),
+    )
+
+
+def _shard_dim(ranks: int) -> Callable[[nn.Parameter], Shard]:
+    """Choose the dim that FSDP2 cuts: one that divides evenly and isn't tp's, the largest such.
+
+    Cutting tp's dim again makes a strided shard, and FSDP2's default, dim 0, leaves ranks with
+    nothing where it is short: `alpha [1, 1, D]` of Moshi's norms would lie whole on rank 0.
+    """
+
+    def choose(parameter: nn.Parameter) -> Shard:
+        taken: set[int] = set()
+        if isinstance(parameter, DTensor):
+            taken = {p.dim for p in parameter.placements if isinstance(p, Shard)}
+        even = [dim for dim, size in enumerate(parameter.shape) if size % ranks == 0]
+        free = [dim for dim in even if dim not in taken]
+        if not free:
+            # Only dim 0 may be cut unevenly; by-head vectors have no other dim than tp's.
+            return Shard(0)
+        return Shard(max(free, key=lambda dim: (parameter.shape[dim], -dim)))
+
+    return choose

@@ -1,0 +1,114 @@
+"""The device mesh `dp_replicate x dp_shard x tp` and its process groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.device import device_type, local_device  # before torchtitan's other modules
+
+from torchtitan.distributed import ParallelDims  # isort: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each axis has; `dp_shard=-1` means the ranks that the others leave."""
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    tp: int = 1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The meshes that the model is laid over, and this rank's place in them.
+
+    Attributes:
+        tp: one axis, or None where tp is 1.
+        head_sharded: FSDP2's mesh for parameters that tp splits by head: (`dp_replicate`,)
+            `dp_shard`.
+        repeated: FSDP2's mesh for parameters of what all tp ranks compute alike: (`dp_replicate`,)
+            `dp_shard x tp` flattened. Sharding them over tp too saves memory, and their gradients'
+            average over it keeps the tp ranks' copies equal for good.
+        dp_rank, dp_size: which share of a step's samples this rank reads; ranks of one tp group
+            read the same.
+        dp_group: ranks that hold different samples, for sums over a step's data.
+    """
+
+    tp: DeviceMesh | None
+    head_sharded: DeviceMesh
+    repeated: DeviceMesh
+    dp_rank: int
+    dp_size: int
+    dp_group: dist.ProcessGroup | None
+    shape: dict[str, int]
+
+
+def init_process_group(timeout: timedelta) -> None:
+    """Join the job's process group (torchrun's environment): NCCL on GPUs, gloo on CPUs.
+
+    GPU jobs get gloo for CPU tensors beside NCCL: checkpoints are planned over it.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def build_mesh(layout: Layout) -> Mesh:
+    """Build and check the mesh with torchtitan's `ParallelDims`; all ranks call it together.
+
+    Raises:
+        ValueError: the product of the axes is not the number of ranks.
+    """
+    world_size = dist.get_world_size()
+    fixed = layout.dp_replicate * layout.tp
+    dp_shard = world_size // fixed if layout.dp_shard == -1 else layout.dp_shard
+    if fixed * dp_shard != world_size:
+        raise ValueError(
+            f"parallel: dp_replicate={layout.dp_replicate} x dp_shard={layout.dp_shard} x "
+            f"tp={layout.tp} does not make the {world_size} ranks of this job"
+        )
+    dims = ParallelDims(
+        dp_replicate=layout.dp_replicate,
+        dp_shard=dp_shard,
+        cp=1,
+        tp=layout.tp,
+        pp=1,
+        ep=1,
+        world_size=world_size,
+        spmd_backend="partial_dtensor",
+    )
+    dims.build_mesh()
+    batch = dims.get_optional_mesh("batch")
+    return Mesh(
+        tp=dims.get_optional_mesh("tp"),
+        head_sharded=_fsdp_mesh(dims),
+        repeated=_fsdp_tp_mesh(dims),
+        dp_rank=0 if batch is None else batch.get_local_rank(),
+        dp_size=layout.dp_replicate * dp_shard,
+        dp_group=None if batch is None else batch.get_group(),
+        shape={"dp_replicate": layout.dp_replicate, "dp_shard": dp_shard, "tp": layout.tp},
+    )
+
+
+def _fsdp_mesh(dims: ParallelDims) -> DeviceMesh:
+    """(`dp_replicate`,) `fsdp`; at size 1 too: FSDP2 also sets the compute dtype."""
+    return dims.get_mesh(["dp_replicate", "fsdp"] if dims.dp_replicate_enabled else "fsdp")
+
+
+def _fsdp_tp_mesh(dims: ParallelDims) -> DeviceMesh:
+    """(`dp_replicate`,) `fsdp x tp` as one axis."""
+    if not dims.tp_enabled:
+        return _fsdp_mesh(dims)
+    # ParallelDims knows no name for fsdp x tp; a mesh of the same ranks in the same order does.
+    shape = (dims.dp_replicate, dims.dp_shard * dims.tp)
+    ranks = torch.arange(dims.world_size).view(shape)
+    mesh = DeviceMesh(device_type(), ranks, mesh_dim_names=("dp_replicate", "fsdp_tp"))
+    return mesh if dims.dp_replicate_enabled else mesh["fsdp_tp"]

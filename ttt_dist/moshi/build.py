@@ -1,0 +1,164 @@
+"""Building Moshi with TTT layers from a release's configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from moshi.models.lm import LMModel
+from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
+from moshi.modules.transformer import StreamingTransformer, StreamingTransformerLayer
+
+from ttt_dist.config import TTTConfig
+from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTBlock, TTTMoshi
+
+# Parts of the released Moshi family that this project does not train yet: key -> what it is.
+_UNBUILT = {
+    "conditioners": "conditioned models",
+    "fuser": "conditioned models",
+    "lora": "LoRA-adapted releases",
+    "quantize": "quantised releases",
+    "cross_attention": "cross-attention",
+    "demux_second_stream": "two text streams",
+    "demux_second_text_stream": "two text streams",
+}
+# Keys of a release's configuration that say nothing about the model's computation.
+_IGNORED = {"depformer_causal", "lora_rank", "lora_scaling", "gradient_checkpointing"}
+
+
+@dataclass(frozen=True)
+class TTTPlacement:
+    """Which layers carry TTT, and what is put into them.
+
+    Args:
+        layer: the TTT layer's hyperparameters.
+        layers: indices of Moshi's layers that get one (see `select_layers`).
+        initial_alpha: initial value of every element of the gate `alpha`.
+    """
+
+    layer: TTTConfig
+    layers: tuple[int, ...]
+    initial_alpha: float
+
+
+def select_layers(spec: str | Iterable[int], num_layers: int) -> tuple[int, ...]:
+    """Layer indices that a `ttt.layers` value names, in increasing order.
+
+    Args:
+        spec: `"none"`, `"all"`, `"middle"` (the middle half), indices as `"29,30,31"`, or a list.
+        num_layers: layers of the model.
+
+    Raises:
+        ValueError: no layer matched (but for `"none"`), an index is out of range or named twice,
+            or the text is none of the above; the message lists the valid range.
+    """
+    valid = f"allowed are 'none', 'all', 'middle' or indices from 0 to {num_layers - 1}, each once"
+    if isinstance(spec, str):
+        word = spec.strip().lower()
+        if word == "none":
+            return ()
+        if word == "all":
+            return tuple(range(num_layers))
+        if word == "middle":
+            quarter = num_layers // 4
+            return tuple(range(quarter, num_layers - quarter))
+        try:
+            indices = [int(part) for part in word.split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"found {spec!r}; {valid}") from None
+    else:
+        indices = list(spec)
+    if not indices:
+        raise ValueError(f"found {spec!r}, which names no layer; {valid}")
+    outside = [index for index in indices if not 0 <= index < num_layers]
+    if outside:
+        raise ValueError(f"found {spec!r}: {outside} lie outside the model; {valid}")
+    twice = sorted({index for index in indices if indices.count(index) > 1})
+    if twice:
+        raise ValueError(f"found {spec!r}: {twice} stand there twice; {valid}")
+    return tuple(sorted(indices))
+
+
+def lm_config_problems(lm_config: dict[str, Any]) -> list[str]:
+    """Everything in a release's configuration that this project cannot build, a line each."""
+    problems = [
+        f"config.json: {key}: {what} are not supported yet; use a release without"
+        for key, what in _UNBUILT.items()
+        if lm_config.get(key)
+    ]
+    known = _known_keys() | set(_UNBUILT) | _IGNORED
+    problems += [
+        f"config.json: {key}: not a setting of moshi's language model"
+        for key in sorted(set(lm_config) - known)
+    ]
+    return problems
+
+
+def build_model(
+    lm_config: dict[str, Any] | None,
+    ttt: TTTPlacement | None,
+    *,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+) -> TTTMoshi:
+    """Moshi's language model of hybrid layers, with TTT where `ttt` says.
+
+    Args:
+        lm_config: the release's `lm_config`; None means Moshi 7B's, as in moshi.
+        ttt: None leaves Moshi as it is.
+        device: "meta" allocates nothing; fill with `weights.load_base_weights` and
+            `weights.init_ttt_weights`.
+        dtype: of all parameters (the master weights).
+
+    Raises:
+        ValueError: the configuration holds something that is not supported.
+    """
+    config = dict(MOSHI_7B_LM_CONFIG if lm_config is None else lm_config)
+    problems = lm_config_problems(config)
+    if problems:
+        raise ValueError("; ".join(problems))
+    kwargs = {k: v for k, v in config.items() if k not in _IGNORED and k not in _UNBUILT}
+    model = TTTMoshi(
+        device=device,
+        dtype=dtype,
+        layer_class=HybridStreamingTransformerLayer,
+        depformer_layer_class=HybridStreamingTransformerLayer,
+        **kwargs,
+    )
+    if ttt is not None:
+        layers = transformer_layers(model)
+        for index in ttt.layers:
+            layers[index].add_ttt(
+                TTTBlock(ttt.layer, ttt.initial_alpha, device=device, dtype=dtype)
+            )
+    return model
+
+
+def transformer_layers(model: LMModel) -> list[HybridStreamingTransformerLayer]:
+    """The layers of the main transformer, first to last."""
+    return cast("list[HybridStreamingTransformerLayer]", list(model.transformer.layers))
+
+
+def depformer_layers(model: LMModel) -> list[HybridStreamingTransformerLayer]:
+    """The Depformer's layers, first to last; none for a model without Depformer."""
+    if model.depformer is None:
+        return []
+    return cast("list[HybridStreamingTransformerLayer]", list(model.depformer.layers))
+
+
+def is_ttt_parameter(name: str) -> bool:
+    """Whether a parameter's full name belongs to a TTT block (and not to Moshi)."""
+    return ".ttt." in name
+
+
+def _known_keys() -> set[str]:
+    """Keyword arguments that moshi's language model hands on to itself and its layers."""
+    keys: set[str] = set()
+    for cls in (StreamingTransformer, StreamingTransformerLayer):
+        names = set(inspect.signature(cls.__init__).parameters)
+        keys |= names | {f"depformer_{name}" for name in names}
+    keys |= set(inspect.signature(LMModel.__init__).parameters)
+    return keys - {"self", "kwargs", "args", "device", "dtype", "layer_class"}

@@ -1,0 +1,107 @@
+"""Moshi's training loss: weighted cross-entropy of text and audio, as sums and weights.
+
+A step's loss is (sum over all ranks and microbatches) / (weight over all ranks and microbatches),
+for text and audio each, so it does not depend on how samples are laid over ranks. The weights
+follow from the codes alone and are known before the first forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from moshi.models.lm import LMModel, LMOutput
+from torch import Tensor
+from torch.nn import functional as F
+
+# Below every weight that a position can have; keeps a batch without any target finite.
+_LEAST_WEIGHT = 1e-20
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How positions are weighted (moshi-finetune's two settings) and which ids mean what."""
+
+    text_padding_weight: float
+    first_codebook_weight_multiplier: float
+    text_padding_ids: tuple[int, ...]
+    zero_token_id: int
+    delays: tuple[int, ...]
+    dep_q: int
+
+    @classmethod
+    def of_model(
+        cls,
+        model: LMModel,
+        *,
+        text_padding_weight: float,
+        first_codebook_weight_multiplier: float,
+    ) -> LossConfig:
+        """The ids, delays and predicted codebooks are the model's own."""
+        return cls(
+            text_padding_weight=text_padding_weight,
+            first_codebook_weight_multiplier=first_codebook_weight_multiplier,
+            text_padding_ids=(model.text_padding_token_id, model.end_of_text_padding_id),
+            zero_token_id=model.zero_token_id,
+            delays=tuple(model.delays),
+            dep_q=model.dep_q,
+        )
+
+
+def loss_weights(codes: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Weight of every target; 0 where there is none.
+
+    Args:
+        codes: int `[B, K, T]`, text first; -1 (`zero_token_id`) has no target.
+
+    Returns:
+        text `[B, 1, T]` and audio `[B, dep_q, T]`, float32. A codebook delayed by `n` steps has
+        no prediction for the last `n` frames (moshi's `_undelay_sequence`).
+    """
+    frames = codes.shape[2]
+    text, audio = codes[:, :1], codes[:, 1 : 1 + config.dep_q]
+
+    def valid(part: Tensor, delays: Sequence[int]) -> Tensor:
+        last = torch.tensor([frames - delay for delay in delays], device=codes.device)
+        predicted = torch.arange(frames, device=codes.device) < last[:, None]  # [k, T]
+        return (part != config.zero_token_id) & predicted
+
+    padding = torch.tensor(config.text_padding_ids, device=codes.device)
+    text_weight = valid(text, config.delays[:1]).float()
+    text_weight = torch.where(
+        torch.isin(text, padding), text_weight * config.text_padding_weight, text_weight
+    )
+    audio_weight = valid(audio, config.delays[1 : 1 + config.dep_q]).float()
+    first = torch.ones(config.dep_q, 1, device=codes.device)
+    first[0] = config.first_codebook_weight_multiplier
+    return text_weight, audio_weight * first
+
+
+def token_losses(output: LMOutput, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every target, 0 where the model's mask says there is none.
+
+    Returns:
+        text `[B, 1, T]` and audio `[B, dep_q, T]`, float32 (float64 for float64 logits).
+    """
+    dep_q = output.logits.shape[1]
+    text = _cross_entropy(output.text_logits, output.text_mask, codes[:, :1])
+    audio = _cross_entropy(output.logits, output.mask, codes[:, 1 : 1 + dep_q])
+    return text, audio
+
+
+def weighted_mean(loss_sum: Tensor, weight: Tensor) -> Tensor:
+    """`loss_sum / weight`, finite (and 0) where nothing was to be predicted."""
+    return loss_sum / weight.clamp(min=_LEAST_WEIGHT)
+
+
+def _cross_entropy(logits: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Masked positions hold NaN logits: they must go before the cross-entropy, for the gradient of
+    # a product with zero would still be NaN.
+    logits = torch.where(
+        mask[..., None], logits, torch.zeros((), dtype=logits.dtype, device=logits.device)
+    )
+    targets = torch.where(mask, targets, torch.zeros_like(targets))
+    loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+    return torch.where(mask, loss.view(mask.shape), torch.zeros_like(loss.view(mask.shape)))

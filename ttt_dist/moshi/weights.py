@@ -1,0 +1,150 @@
+"""Filling a (possibly sharded) model: Moshi's released weights and TTT's initial values.
+
+Each rank fills its own part of every parameter and nothing else: released tensors are read slice by
+slice from the mapped file, initial values are drawn from a generator that depends on the seed and
+the parameter's name alone, so they are the same whatever the layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ttt_dist.layer import initial_value
+from ttt_dist.moshi.build import is_ttt_parameter
+from ttt_dist.moshi.release import ReleaseError
+from ttt_dist.placement import own_slices
+
+# Released files pack the attention weights of all Depformer steps into one tensor, as moshi's own
+# load hook unpacks them: `self_attn.in_proj_weight [steps * 3D, D]` holds `in_projs.{step}.weight`.
+_PACKED = (
+    (re.compile(r"\.in_projs\.(\d+)\.weight$"), (".in_proj_weight", ".in_proj.weight")),
+    (re.compile(r"\.out_projs\.(\d+)\.weight$"), (".out_proj.weight",)),
+)
+_SHOWN = 8  # names listed of each kind of mismatch
+
+
+def load_base_weights(model: nn.Module, path: Path) -> None:
+    """Copy a released `model.safetensors` into all parameters but TTT's, in place.
+
+    Args:
+        model: materialised (not on meta); parameters plain or DTensors, of any float dtype.
+        path: the `.safetensors` file. Values are cast to each parameter's dtype.
+
+    Raises:
+        ReleaseError: the file is damaged, or names are missing, unexpected, or of another shape:
+            all of them in one message, before any value is copied.
+    """
+    wanted = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not is_ttt_parameter(name)
+    }
+    try:
+        with safe_open(path, framework="pt") as file:
+            sources, unexpected = _match_names(wanted, set(file.keys()))
+            problems = []
+            missing = sorted(set(wanted) - set(sources))
+            for kind, names in (("missing", missing), ("unexpected", sorted(unexpected))):
+                if names:
+                    problems.append(f"{len(names)} {kind}: {_shorten(names)}")
+            shapes = []
+            for name, (key, part) in sources.items():
+                found = list(file.get_slice(key).get_shape())
+                expected = list(wanted[name].shape)
+                rows = _rows_of_part(expected, found, part)
+                if rows is None:
+                    shapes.append(f"{name}: found {found} in {key}, allowed {expected}")
+            if shapes:
+                problems.append(f"{len(shapes)} of another shape: {_shorten(shapes)}")
+            if problems:
+                raise ReleaseError(
+                    f"{path} does not fit the model of its config.json: {'; '.join(problems)}"
+                )
+            for name, (key, part) in sources.items():
+                _copy_slice(wanted[name], file.get_slice(key), part)
+    except SafetensorError as error:
+        raise ReleaseError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def init_ttt_weights(model: nn.Module, seed: int) -> int:
+    """Give every TTT parameter its initial value, the same on every layout.
+
+    Returns:
+        The number of parameters' elements initialised.
+    """
+    count = 0
+    alphas = {
+        f"{name}.alpha": float(module.initial_alpha)
+        for name, module in model.named_modules()
+        if name.endswith(".ttt")
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not is_ttt_parameter(name):
+                continue
+            full = torch.empty(parameter.shape, dtype=torch.float32)
+            if name in alphas:
+                full.fill_(alphas[name])
+            else:
+                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                initial_value(name, full, generator)
+            local, slices = own_slices(parameter)
+            local.copy_(full[slices])
+            count += parameter.numel()
+    return count
+
+
+def _match_names(
+    wanted: dict[str, nn.Parameter], keys: set[str]
+) -> tuple[dict[str, tuple[str, int | None]], set[str]]:
+    """Parameter name -> (key in the file, which part of a packed tensor), and keys left over."""
+    sources: dict[str, tuple[str, int | None]] = {}
+    used: set[str] = set()
+    for name in wanted:
+        if name in keys:
+            sources[name] = (name, None)
+            used.add(name)
+            continue
+        for pattern, suffixes in _PACKED:
+            match = pattern.search(name)
+            if match is None:
+                continue
+            for suffix in suffixes:
+                key = name[: match.start()] + suffix
+                if key in keys:
+                    sources[name] = (key, int(match.group(1)))
+                    used.add(key)
+    return sources, keys - used
+
+
+def _rows_of_part(expected: list[int], found: list[int], part: int | None) -> slice | None:
+    """Rows of the found tensor that make the expected one; None where they do not fit."""
+    if part is None:
+        return slice(0, expected[0]) if expected == found else None
+    first, last = part * expected[0], (part + 1) * expected[0]
+    fits = expected[1:] == found[1:] and found[0] % expected[0] == 0 and last <= found[0]
+    return slice(first, last) if fits else None
+
+
+def _copy_slice(parameter: nn.Parameter, source: Any, part: int | None) -> None:
+    local, slices = own_slices(parameter)
+    if local.numel() == 0:
+        return
+    if part is not None:
+        offset = part * parameter.shape[0]
+        slices = (slice(slices[0].start + offset, slices[0].stop + offset), *slices[1:])
+    with torch.no_grad():
+        local.copy_(source[slices])
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
