@@ -5,8 +5,7 @@ usable configuration, so that `launch.preflight` can add what it finds and a per
 at once.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from launch import yaml_input
+from launch.config_keys import KEYS, SECTIONS, describe_error, describe_keys, is_text, key_path
 from launch.errors import UserError
 from launch.schema import TrainConfig
 
@@ -37,73 +37,6 @@ __all__ = [
 REPO_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPO_ROOT / "configs" / "demo.yaml"
 TIME = "${time}"
-SECRET_KEYS = frozenset({"wandb.key"})
-
-
-def _flat_schema() -> dict[str, dict[str, Any]]:
-    """Key path → its JSON schema (type, range, enum, default, description)."""
-    schema = TrainConfig.model_json_schema()
-    flat: dict[str, dict[str, Any]] = {}
-    for name, entry in schema["properties"].items():
-        if "$ref" in entry:
-            section = schema["$defs"][entry["$ref"].rsplit("/", 1)[-1]]
-            flat |= {f"{name}.{key}": value for key, value in section["properties"].items()}
-        else:
-            flat[name] = entry
-    return flat
-
-
-KEYS = _flat_schema()
-SECTIONS = frozenset(path.split(".")[0] for path in KEYS if "." in path)
-_KINDS = {
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "text",
-    "null": "null",
-}
-_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-
-
-def _allowed(entry: dict[str, Any]) -> str:
-    """The values that a JSON schema allows, in words."""
-    if "anyOf" in entry:
-        return " or ".join(_allowed(option) for option in entry["anyOf"])
-    if "enum" in entry:
-        return ", ".join(str(value) for value in entry["enum"])
-    if entry.get("type") == "array":
-        items = entry["prefixItems"]
-        return f"a list of {len(items)} items, each {_allowed(items[0])}"
-    bounds = " and ".join(f"{sign} {entry[key]:g}" for key, sign in _BOUNDS.items() if key in entry)
-    return f"{_KINDS[entry['type']]} {bounds}".rstrip()
-
-
-def _is_text(path: str) -> bool:
-    entry = KEYS.get(path, {})
-    return any(option.get("type") == "string" for option in [entry, *entry.get("anyOf", [])])
-
-
-def _nearest(path: str) -> str | None:
-    """The known key that `path` most likely means: the same name elsewhere, or a similar one."""
-    leaf = path.rsplit(".", 1)[-1]
-    same_name = [key for key in KEYS if key.rsplit(".", 1)[-1] == leaf]
-    if same_name:
-        return difflib.get_close_matches(path, same_name, n=1, cutoff=0.0)[0]
-    close = difflib.get_close_matches(path, [*KEYS, *SECTIONS], n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    leaves = {key.rsplit(".", 1)[-1]: key for key in KEYS}
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
-    return leaves[close[0]] if close else None
-
-
-def describe_keys() -> str:
-    """One line a key: path, allowed values, default, meaning."""
-    lines = []
-    for path, entry in KEYS.items():
-        default = f"default {entry['default']!r}" if "default" in entry else "required"
-        lines.append(f"  {path}: {_allowed(entry)} ({default})\n      {entry['description']}")
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -113,40 +46,6 @@ class ConfigReading:
     config: TrainConfig
     problems: tuple[str, ...]
     bad_keys: frozenset[str]
-
-
-def _key_path(location: Sequence[Any]) -> str:
-    """pydantic's error location as a key path, cut at the known key that contains it."""
-    names = [str(part) for part in location]
-    for end in range(1, len(names) + 1):
-        if ".".join(names[:end]) in KEYS:
-            return ".".join(names[:end])
-    return ".".join(names)
-
-
-def _describe_error(error: Any, path: str, overridden: Iterable[str]) -> str:
-    where = " (on the command line)" if path in overridden else ""
-    if error["type"] == "extra_forbidden":
-        nearest = _nearest(path)
-        if nearest is None:
-            return f"{path}: unknown key{where}; `launch/train.py --help` lists all keys"
-        return f"{path}: unknown key{where}; the nearest known key is {nearest}"
-    if error["type"] == "missing":
-        entry = KEYS[path]
-        return f"{path}: is missing; allowed: {_allowed(entry)} ({entry['description']}); add it"
-    if path in SECTIONS:
-        found = type(error["input"]).__name__
-        return (
-            f"{path}: found a {found}; allowed: a section, `{path}:` with its keys indented below"
-        )
-    if path not in KEYS:
-        return f"{path}: {error['msg']}"
-    entry = KEYS[path]
-    found = "" if path in SECRET_KEYS else f"found {repr(error['input'])[:80]}{where}; "
-    hint = f", for example {entry['default']!r}, the default" if entry.get("default") else ""
-    quote = "" if isinstance(error["input"], str) or not _is_text(path) else "; write it in quotes"
-    meaning = entry["description"].strip()
-    return f"{path}: {found}allowed: {_allowed(entry)} ({meaning}{hint}){quote}"
 
 
 def _without(data: dict[str, Any], names: Sequence[Any]) -> dict[str, Any]:
@@ -159,7 +58,7 @@ def _without(data: dict[str, Any], names: Sequence[Any]) -> dict[str, Any]:
 
 
 def _validate(
-    data: dict[str, Any], overridden: Iterable[str]
+    data: dict[str, Any], overridden: Container[str]
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Validate; what fails is told by key path and replaced by its default."""
     problems: dict[str, str] = {}
@@ -168,8 +67,8 @@ def _validate(
             return TrainConfig.model_validate(data), problems
         except ValidationError as failure:
             for error in failure.errors(include_url=False):
-                path = _key_path(error["loc"])
-                problems.setdefault(path, _describe_error(error, path, overridden))
+                path = key_path(error["loc"])
+                problems.setdefault(path, describe_error(error, path, overridden))
                 if error["type"] == "missing":
                     data = yaml_input.merge(data, tuple(str(part) for part in error["loc"]), "")
                 else:
@@ -185,8 +84,10 @@ def _absolute_source(text: str) -> str:
     parts = []
     for part in text.split(","):
         path, colon, weight = part.strip().rpartition(":")
-        is_weight = bool(colon) and weight.replace(".", "", 1).isdigit()
-        parts.append(f"{_absolute(path)}:{weight}" if is_weight else _absolute(part.strip()))
+        if colon and not Path(part.strip()).exists():
+            parts.append(f"{_absolute(path)}:{weight}")
+        else:
+            parts.append(_absolute(part.strip()))
     return ",".join(parts)
 
 
@@ -293,7 +194,7 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> ConfigReadi
             problems.append(problem)
             uncertain.add(override.path)
             continue
-        if _is_text(override.path) and not isinstance(value, (str, list, type(None))):
+        if is_text(override.path) and not isinstance(value, (str, list, type(None))):
             value = override.text.strip()  # a name such as 007 or 2024-01-01 is meant as typed
         data = yaml_input.merge(data, override.keys, value)
         overridden.add(override.path)

@@ -1,0 +1,335 @@
+"""Everything that can be known to be wrong before process groups and weights, in one list."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models.loaders import CheckpointInfo
+from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
+
+from launch.config import (
+    TrainConfig,
+    parse_command_line,
+    read_config,
+    resolve_global_batch_size,
+)
+from launch.errors import UserError
+from launch.run_folder import adopt_saved, run_dir_problems
+from launch.schema import TTTSection
+from ttt_dist.config import TTTConfig
+from ttt_dist.data.manifest import DataError, read_sources
+from ttt_dist.moshi.build import lm_config_problems, select_layers
+from ttt_dist.moshi.release import ReleaseError, open_release
+
+FRAMES_PER_SECOND = 12.5
+
+
+def refuse_unbuilt(config: TrainConfig) -> list[str]:
+    """Keys whose feature isn't built yet (or never will be), each with the reason."""
+    ttt = config.ttt
+    deep = ttt.inner_model == "mlp" and ttt.ttt_mlp_layers != 2
+    refusals = (
+        (
+            config.lora.enable,
+            "lora.enable: found true; LoRA isn't built yet; allowed: false; train TTT layers alone "
+            "(ttt.enable: true) or everything (full_finetuning: true)",
+        ),
+        (
+            config.compile,
+            "compile: found true; torch.compile of the layers isn't built yet; allowed: false",
+        ),
+        (
+            ttt.persistent_states,
+            "ttt.persistent_states: found true; carrying states from one piece of a recording to "
+            "the next isn't built yet; allowed: false; use a longer duration_sec",
+        ),
+        (
+            deep,
+            f"ttt.ttt_mlp_layers: found {ttt.ttt_mlp_layers}; inner MLPs of another depth than 2 "
+            "aren't built yet; allowed: 2, or ttt.inner_model: linear",
+        ),
+        (
+            ttt.log_inner_loop_losses,
+            "ttt.log_inner_loop_losses: found true; logging inner losses isn't built yet; "
+            "allowed: false",
+        ),
+        (
+            ttt.save_inner_loop_plots,
+            "ttt.save_inner_loop_plots: found true; plots of inner losses aren't built yet; "
+            "allowed: false",
+        ),
+        (
+            not ttt.causal,
+            "ttt.causal: found false; a frame would then see later frames of its mini-batch, which "
+            "an autoregressive model has to predict; allowed: true",
+        ),
+        (
+            config.overwrite_run_dir,
+            "overwrite_run_dir: found true; it would delete the old run, and nothing is ever "
+            "deleted here; allowed: false; name a new run_dir, or put ${time} into it",
+        ),
+    )
+    return [text for refused, text in refusals if refused]
+
+
+def resolve_mesh(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
+    """`(dp_replicate, dp_shard, tp)`, the -1 of `dp_shard` filled in; their product is the world.
+
+    Raises:
+        UserError: the product can't be `world_size`.
+    """
+    replicate, shard, tp = (
+        config.parallel.dp_replicate,
+        config.parallel.dp_shard,
+        config.parallel.tp,
+    )
+    others = replicate * tp
+    if shard == -1 and world_size % others == 0:
+        return replicate, world_size // others, tp
+    if replicate * shard * tp == world_size:
+        return replicate, shard, tp
+    if shard == -1:
+        wanted = f"dp_replicate {replicate} * tp {tp} = {others} doesn't divide them"
+        count = math.ceil(world_size / others) * others
+    else:
+        count = replicate * shard * tp
+        wanted = f"dp_replicate {replicate} * dp_shard {shard} * tp {tp} = {count}"
+    fix = f"start {count} ranks (torchrun --nproc_per_node)"
+    if shard != -1 and world_size % others == 0:
+        fix += " or set parallel.dp_shard=-1 (the rest)"
+    raise UserError(
+        f"parallel: there are {world_size} rank{'s' if world_size > 1 else ''}, but {wanted}; {fix}"
+    )
+
+
+def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTConfig:
+    """The TTT layer that `section` describes, for a model with `lm_config`'s dim and heads.
+
+    Raises:
+        ValueError: the two don't fit, for example an odd head dimension.
+    """
+    return TTTConfig(
+        model_dim=lm_config["dim"],
+        num_heads=lm_config["num_heads"],
+        inner_model=section.inner_model,
+        mini_batch_size=section.mini_batch_size,
+        base_lr=section.base_lr,
+        expansion=section.ttt_mlp_expansion_factor,
+        causal=section.causal,
+        inner_eps=section.inner_eps,
+        checkpoint_group_size=section.checkpoint_group_size,
+    )
+
+
+def _collect(check: Callable[[], object]) -> list[str]:
+    """The problems that `check` raises; none if it passes."""
+    try:
+        check()
+    except (UserError, DataError) as error:
+        return list(error.problems)
+    return []
+
+
+def _model_problems(
+    config: TrainConfig, lm_config: Mapping[str, Any], bad_keys: frozenset[str]
+) -> list[str]:
+    problems = lm_config_problems(dict(lm_config))
+    heads, tp = lm_config["num_heads"], config.parallel.tp
+    if "parallel.tp" not in bad_keys and heads % tp != 0:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        problems.append(
+            f"parallel.tp: found {tp}, which doesn't divide the model's {heads} heads; "
+            f"allowed: {', '.join(map(str, divisors))}"
+        )
+    if not config.ttt.enable:
+        return problems
+    if "ttt.layers" not in bad_keys:
+        try:
+            select_layers(config.ttt.layers, lm_config["num_layers"])
+        except ValueError as error:
+            problems.append(f"ttt.layers: {error}")
+    try:
+        build_ttt_config(config.ttt, lm_config)
+    except ValueError as error:
+        problems.append(f"ttt: doesn't fit this model: {error}")
+    return problems
+
+
+def _data_problems(
+    config: TrainConfig, bad_keys: frozenset[str], *, check_files: bool
+) -> list[str]:
+    used = [("data.train_data", config.data.train_data)]
+    if config.do_eval:
+        used.append(("data.eval_data", config.data.eval_data))
+    problems = []
+    for key, spec in used:
+        if key in bad_keys:
+            continue
+        if not spec:
+            why = "" if key == "data.train_data" else " (or do_eval: false)"
+            problems.append(f"{key}: is empty; allowed: a .jsonl manifest or a folder of them{why}")
+            continue
+        problems += _collect(partial(read_sources, spec, field=key, check_files=check_files))
+    return problems
+
+
+def _device_problems(config: TrainConfig, local_world_size: int) -> list[str]:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cpu" or (config.device == "auto" and gpus == 0):
+        return []
+    if gpus == 0:
+        return [
+            "device: found cuda, but no GPU is visible; allowed here: auto or cpu; "
+            "otherwise check the driver and CUDA_VISIBLE_DEVICES"
+        ]
+    problems = []
+    if local_world_size > gpus:
+        problems.append(
+            f"device: {local_world_size} ranks on this node, but only {gpus} GPUs are visible; "
+            f"start at most {gpus} (torchrun --nproc_per_node), or use device=cpu"
+        )
+    if config.param_dtype == "float64" and config.device == "auto":
+        problems.append(
+            "param_dtype: found float64 on a GPU; it is for proofs on a CPU: add device=cpu"
+        )
+    return problems
+
+
+def _batch_problems(config: TrainConfig, dp: int) -> list[str]:
+    if config.resume and not run_dir_problems(config):
+        config = adopt_saved(config)
+    return _collect(partial(resolve_global_batch_size, config, dp))
+
+
+def _run_problems(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    bad_keys: frozenset[str],
+    local_world_size: int,
+    check_files: bool,
+) -> list[str]:
+    """What is wrong without regard to the model."""
+    problems = refuse_unbuilt(config)
+    if bad_keys.isdisjoint(("device", "param_dtype")):
+        problems += _device_problems(config, local_world_size)
+    if bad_keys.isdisjoint(("run_dir", "resume")):
+        problems += run_dir_problems(config)
+    layout = ("parallel", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp")
+    batch = ("batch_size", "num_microbatches", "global_batch_size", "resume", "run_dir")
+    if bad_keys.isdisjoint(layout) and config.parallel.dp_shard != 0:
+        try:
+            replicate, shard, _ = resolve_mesh(config, world_size)
+        except UserError as error:
+            problems += error.problems
+        else:
+            if bad_keys.isdisjoint(batch):
+                problems += _batch_problems(config, replicate * shard)
+    return problems + _data_problems(config, bad_keys, check_files=check_files)
+
+
+def check_run(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    lm_config: Mapping[str, Any] | None,
+    release_problem: str | None = None,
+    bad_keys: frozenset[str] = frozenset(),
+    local_world_size: int = 1,
+    check_files: bool = True,
+) -> list[str]:
+    """Every reason why this run can't start; reads files, writes none, needs no process group.
+
+    Args:
+        config: as `launch.config.read_config` gives it.
+        world_size: ranks of the job.
+        lm_config: the release's; None means Moshi 7B's, as in moshi.
+        release_problem: why the release couldn't be opened; then nothing is said about the model.
+        bad_keys: keys that hold a default in place of a mistake told already; nothing is concluded
+            from them.
+        local_world_size: ranks on this node.
+        check_files: look at every audio header and alignment file; one rank is enough.
+    """
+    problems = _run_problems(
+        config,
+        world_size=world_size,
+        bad_keys=bad_keys,
+        local_world_size=local_world_size,
+        check_files=check_files,
+    )
+    if release_problem is not None:
+        return [*problems, release_problem]
+    return problems + _model_problems(config, lm_config or MOSHI_7B_LM_CONFIG, bad_keys)
+
+
+def run_warnings(config: TrainConfig) -> list[str]:
+    """What is allowed, but rarely meant."""
+    warnings = []
+    frames = math.ceil(config.duration_sec * FRAMES_PER_SECOND)
+    window = config.ttt.ttt_layer_context
+    if config.ttt.enable and window is not None and frames <= window:
+        warnings.append(
+            f"duration_sec: {config.duration_sec:g} s are {frames} frames, which the attention "
+            f"window of TTT layers ({window}) covers: TTT has nothing to carry"
+        )
+    if config.ttt.enable and frames <= config.ttt.mini_batch_size:
+        warnings.append(
+            f"ttt.mini_batch_size: {config.ttt.mini_batch_size} is no less than the {frames} "
+            "frames of a piece: the inner weights are never updated within one"
+        )
+    if config.eval_freq > 0 and not config.do_eval:
+        warnings.append("eval_freq: has no effect, since do_eval is false")
+    if config.optim.ttt_lr is not None and not config.ttt.enable:
+        warnings.append("optim.ttt_lr: has no effect, since ttt.enable is false")
+    return warnings
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that may start: its configuration (`${time}` still open) and its base checkpoint."""
+
+    config: TrainConfig
+    release: CheckpointInfo
+
+
+def check_start(
+    arguments: Sequence[str], *, world_size: int, rank: int, local_world_size: int
+) -> Start:
+    """Read the command line and everything it names, and check all of it.
+
+    A release on the hub is fetched only where nothing else is wrong: a typing error shouldn't wait
+    for gigabytes.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    path, overrides = parse_command_line(arguments)
+    reading = read_config(path, overrides)
+    config, problems = reading.config, list(reading.problems)
+    problems += _run_problems(
+        config,
+        world_size=world_size,
+        bad_keys=reading.bad_keys,
+        local_world_size=local_world_size,
+        check_files=rank == 0,
+    )
+    paths = config.moshi_paths
+    is_local = paths.hf_repo_id is None or Path(paths.hf_repo_id).is_dir()
+    release: CheckpointInfo | None = None
+    if is_local or not problems:
+        try:
+            release = open_release(**paths.model_dump())
+        except ReleaseError as error:
+            problems.append(str(error))
+        else:
+            lm_config = release.lm_config or MOSHI_7B_LM_CONFIG
+            problems += _model_problems(config, lm_config, reading.bad_keys)
+    if problems or release is None:
+        raise UserError(problems)
+    if config.resume:
+        config = adopt_saved(config)
+    return Start(config, release)
