@@ -1,0 +1,1 @@
+"""Data: manifests, audio to Mimi codes, the text stream, the cache of codes, and batches."""

@@ -1,0 +1,116 @@
+"""Encode a configuration's recordings ahead of training.
+
+    python -m launch.prepare [CONFIG] [key.path=value ...]
+    torchrun --nproc_per_node=8 -m launch.prepare [CONFIG] [key.path=value ...]
+
+Takes the same file and overrides as `launch/train.py` and fills the cache that it reads. Under
+torchrun each process encodes its share, on the GPU of its local rank where there is one; none waits
+for another, so encoding may take hours, and a job that was ended goes on where it stopped.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from launch.config import TrainConfig, load_config, parse_command_line
+from launch.errors import UserError, exit_with
+from ttt_dist.data.cache import CodesCache, CodesSpec
+from ttt_dist.data.dataset import default_cache_folder
+from ttt_dist.data.encode import EncodeReport, encode_missing, load_codec, share_of
+from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings, read_sources
+from ttt_dist.moshi.release import ReleaseError, open_release
+
+
+def read_splits(config: TrainConfig, *, check_files: bool) -> dict[str, tuple[Source, ...]]:
+    """Sources of `data.train_data` and, where it is set, `data.eval_data`; all problems at once."""
+    splits: dict[str, tuple[Source, ...]] = {}
+    problems: list[str] = []
+    specs = {"train": config.data.train_data, "eval": config.data.eval_data}
+    for name, spec in specs.items():
+        if name == "eval" and not spec:
+            continue
+        try:
+            splits[name] = read_sources(spec, field=f"data.{name}_data", check_files=check_files)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return splits
+
+
+def open_cache(
+    config: TrainConfig, splits: dict[str, tuple[Source, ...]], spec: CodesSpec
+) -> CodesCache:
+    """The cache of a configuration: `data.cache_dir`, or the default place for its train data."""
+    folder = config.data.cache_dir
+    return CodesCache(Path(folder) if folder else default_cache_folder(splits["train"]), spec)
+
+
+def prepare(config: TrainConfig, *, rank: int, world_size: int, device: torch.device) -> str:
+    """Encode this rank's share; returns a line that says what was done.
+
+    Raises:
+        DataError, ReleaseError: mistakes in the data or the base checkpoint.
+    """
+    # Every rank looks at its own files anyway; one is enough for the check of all of them.
+    splits = read_splits(config, check_files=rank == 0)
+    info = open_release(**config.moshi_paths.model_dump())
+    spec = CodesSpec.from_release(info, duration_sec=config.duration_sec)
+    cache = open_cache(config, splits, spec)
+    recordings = [recording for sources in splits.values() for recording in all_recordings(sources)]
+    total = sum(recording.duration for recording in share_of(recordings, rank, world_size))
+    with tqdm(
+        total=round(total),
+        unit="s",
+        desc="encoding audio",
+        disable=os.environ.get("LOCAL_RANK", "0") != "0",
+    ) as bar:
+
+        def advance(recording: Recording, _encoded: bool) -> None:
+            bar.update(recording.duration)
+
+        report = encode_missing(
+            recordings,
+            cache,
+            lambda: load_codec(info, spec, device),
+            rank=rank,
+            world_size=world_size,
+            progress=advance,
+        )
+    return _summary(report, cache.folder, rank, world_size)
+
+
+def _summary(report: EncodeReport, folder: Path, rank: int, world_size: int) -> str:
+    who = f"rank {rank} of {world_size}: " if world_size > 1 else ""
+    return (
+        f"{who}{report.recordings} recordings, {report.pieces} pieces, {report.audio_sec:.0f} s of "
+        f"audio; encoded now: {report.encoded} ({report.encoded_sec:.0f} s), already cached: "
+        f"{report.cached}; {report.work_sec:.1f} s of work; cache: {folder}"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; a person's mistake ends it with exit code 2 and one message."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        config = load_config(*parse_command_line(arguments))
+        use_gpu = torch.cuda.is_available() and config.device != "cpu"
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+        print(prepare(config, rank=rank, world_size=world_size, device=device), flush=True)
+    except (DataError, ReleaseError) as error:
+        problems = error.problems if isinstance(error, DataError) else str(error)
+        exit_with(UserError(problems, title="Can't prepare the data"))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

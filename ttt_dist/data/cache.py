@@ -1,0 +1,316 @@
+"""Codes on disk: computed once, found again by content, never trusted blindly.
+
+One safetensors file a recording: `codes` int32 `[N, R, T]` (N pieces, R = 1 + 2K rows) and
+`crc32` int64 `[N]`. Its name is a hash over everything the codes depend on: the bytes of the audio
+and of its alignments, Mimi's weights and configuration, the tokenizer, the cut, and the format
+version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+import uuid
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from moshi.models.loaders import CheckpointInfo
+from safetensors.torch import save
+
+from ttt_dist.data.interleave import TextIds, num_frames
+from ttt_dist.data.manifest import DataError, Recording
+
+FORMAT_VERSION = 1
+# Two small tensors need some 300 bytes; safetensors itself would parse headers of 100 MB.
+_MAX_HEADER_BYTES = 16_384
+_HASH_THREADS = 8
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CodesSpec:
+    """What codes are made with, apart from the recording itself.
+
+    Attributes:
+        duration_sec: length of a piece.
+        codebooks: Mimi codebooks of one channel (K).
+        text_ids: special ids of the text stream.
+        mimi: hash over Mimi's weights and configuration.
+        tokenizer: hash of the sentencepiece model.
+    """
+
+    duration_sec: float
+    codebooks: int
+    text_ids: TextIds
+    mimi: str
+    tokenizer: str
+
+    @classmethod
+    def from_release(cls, info: CheckpointInfo, *, duration_sec: float) -> CodesSpec:
+        """The specification for a release; reads Mimi's file once to hash it (0.4 GB: a second).
+
+        Raises:
+            DataError: the release's model doesn't listen to two channels of equal codebooks.
+        """
+        config = info.lm_config or {}
+        channels_codebooks = int(config.get("n_q", 16))
+        if channels_codebooks % 2 != 0:
+            raise DataError(
+                [
+                    f"moshi_paths: the release's config.json has n_q = {channels_codebooks}; two "
+                    "channels need an even number (Moshi: 16)"
+                ]
+            )
+        mimi_config = json.dumps(info.mimi_config, sort_keys=True).encode()
+        return cls(
+            duration_sec=float(duration_sec),
+            codebooks=channels_codebooks // 2,
+            text_ids=TextIds.from_lm_config(info.lm_config),
+            mimi=_hash_bytes(_hash_file(Path(info.mimi_weights)).encode() + mimi_config),
+            tokenizer=_hash_file(Path(info.tokenizer)),
+        )
+
+    @property
+    def frames(self) -> int:
+        """T, frames of a piece."""
+        return num_frames(self.duration_sec)
+
+    @property
+    def rows(self) -> int:
+        """R, rows of codes: text, left channel, right channel."""
+        return 1 + 2 * self.codebooks
+
+    @property
+    def fingerprint(self) -> str:
+        ids = self.text_ids
+        parts = [
+            FORMAT_VERSION,
+            repr(self.duration_sec),
+            self.codebooks,
+            [ids.padding, ids.end_of_padding, ids.zero],
+            self.mimi,
+            self.tokenizer,
+        ]
+        return _hash_bytes(json.dumps(parts).encode())
+
+
+@dataclass(frozen=True)
+class CachedCodes:
+    """Where the codes of one recording lie: a file, the offset of `codes` in it, and N."""
+
+    path: Path
+    offset: int
+    checksums: tuple[int, ...]
+    rows: int
+    frames: int
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.checksums)
+
+    def read(self, piece: int) -> torch.Tensor:
+        """Codes of one piece, int32 `[R, T]`; raises DataError where the bytes have changed."""
+        count = self.rows * self.frames
+        try:
+            values = np.fromfile(self.path, "<i4", count, offset=self.offset + 4 * count * piece)
+        except OSError as error:
+            raise DataError([f"{self.path}: cannot be read: {error}"]) from error
+        if values.size != count or zlib.crc32(values.tobytes()) != self.checksums[piece]:
+            raise DataError(
+                [f"{self.path}: piece {piece} is damaged; start again, and it is encoded anew"]
+            )
+        return torch.from_numpy(values.astype(np.int32, copy=False)).view(self.rows, self.frames)
+
+
+class CodesCache:
+    """A folder of codes for one `CodesSpec`, shared by ranks, runs and data sets.
+
+    Writes go to a file of their own and are renamed, so a reader sees a whole file or none, and
+    ranks that encode the same recording at once do no harm. Hashes of files are remembered by path,
+    size and times, in `hashes/`.
+    """
+
+    def __init__(self, folder: Path, spec: CodesSpec) -> None:
+        self.folder = folder
+        self.spec = spec
+
+    def keys(self, recordings: Iterable[Recording]) -> list[str]:
+        """Names of the recordings' codes; hashes the files that are new or changed."""
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            return list(pool.map(self.key, recordings))
+
+    def key(self, recording: Recording) -> str:
+        """Name of the recording's codes; raises DataError where a file cannot be read."""
+        return self._combine(
+            self._content_hash(recording.path), self._content_hash(recording.alignments_path)
+        )
+
+    def known_key(self, recording: Recording) -> str | None:
+        """As `key`, or None where a file's content would have to be hashed first."""
+        audio = self._remembered_hash(recording.path)
+        alignments = self._remembered_hash(recording.alignments_path)
+        return None if audio is None or alignments is None else self._combine(audio, alignments)
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def find(self, key: str, *, verify: bool = False) -> CachedCodes | None:
+        """The codes named `key`, or None where they are absent or unusable (with a warning).
+
+        Header and file size are always checked, the values of every piece with `verify`.
+        """
+        path = self.path(key)
+        try:
+            codes = _open_codes(path, self.spec.rows, self.spec.frames)
+            if verify:
+                for piece in range(codes.num_pieces):
+                    codes.read(piece)
+        except FileNotFoundError:
+            return None
+        except (_DamagedFileError, DataError, OSError) as error:
+            logger.warning("cached codes %s are not used and encoded anew: %s", path, error)
+            return None
+        return codes
+
+    def write(self, key: str, codes: torch.Tensor) -> None:
+        """Store int32 codes `[N, R, T]` under `key`, whole or not at all.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        expected = (self.spec.rows, self.spec.frames)
+        if codes.dtype != torch.int32 or codes.dim() != 3 or tuple(codes.shape[1:]) != expected:
+            raise ValueError(
+                f"codes: found {codes.dtype} {list(codes.shape)}, allowed is int32 "
+                f"[N, {expected[0]}, {expected[1]}]"
+            )
+        array = np.ascontiguousarray(codes.numpy().astype("<i4", copy=False))
+        checksums = [zlib.crc32(piece.tobytes()) for piece in array]
+        content = save({"codes": codes.contiguous(), "crc32": torch.tensor(checksums)})
+        try:
+            _replace(self.path(key), content)
+        except OSError as error:
+            raise DataError(
+                [
+                    f"data.cache_dir: cannot write codes into {self.folder} ({error}); name a "
+                    "writable folder that every node sees"
+                ]
+            ) from error
+
+    def _combine(self, audio: str, alignments: str) -> str:
+        return _hash_bytes(f"{self.spec.fingerprint} {audio} {alignments}".encode())
+
+    def _memo_path(self, path: Path) -> Path:
+        return self.folder / "hashes" / f"{_hash_bytes(str(path).encode())}.json"
+
+    def _remembered_hash(self, path: Path) -> str | None:
+        try:
+            memo = json.loads(self._memo_path(path).read_bytes())
+            state = _file_state(path)
+        except (OSError, ValueError):
+            return None
+        if isinstance(memo, dict) and memo.get("state") == state:
+            value = memo.get("sha256")
+            return value if isinstance(value, str) else None
+        return None
+
+    def _content_hash(self, path: Path) -> str:
+        remembered = self._remembered_hash(path)
+        if remembered is not None:
+            return remembered
+        try:
+            # Taken before the bytes are read: if the file changes meanwhile, the memo won't fit.
+            state = _file_state(path)
+            value = _hash_file(path)
+        except OSError as error:
+            raise DataError([f"{path}: cannot be read: {error}"]) from error
+        memo = {"path": str(path), "state": state, "sha256": value}
+        try:
+            _replace(self._memo_path(path), json.dumps(memo).encode())
+        except OSError as error:
+            # It only saves time: a folder of prepared codes may be read-only.
+            logger.debug("cannot remember the hash of %s: %s", path, error)
+        return value
+
+
+class _DamagedFileError(Exception):
+    """A file is no codes file of the expected shape; the message says why."""
+
+
+def _open_codes(path: Path, rows: int, frames: int) -> CachedCodes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise _DamagedFileError(f"it has {size} bytes")
+        (header_size,) = struct.unpack("<Q", head)
+        if header_size > min(_MAX_HEADER_BYTES, size):
+            raise _DamagedFileError(f"its header claims {header_size} bytes")
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError as error:
+            raise _DamagedFileError("its header is no JSON") from error
+        start = 8 + header_size
+        codes_shape, codes_span = _tensor_entry(header, "codes", "I32")
+        crc_shape, crc_span = _tensor_entry(header, "crc32", "I64")
+        pieces = crc_shape[0] if len(crc_shape) == 1 else 0
+        if pieces < 1 or codes_shape != [pieces, rows, frames]:
+            raise _DamagedFileError(
+                f"its codes have shape {codes_shape}, expected are [N, {rows}, {frames}]"
+            )
+        lengths = (4 * pieces * rows * frames, 8 * pieces)
+        spans = sorted([codes_span, crc_span])
+        is_packed = spans[0][0] == 0 and spans[0][1] == spans[1][0]
+        found = tuple(span[1] - span[0] for span in (codes_span, crc_span))
+        if not is_packed or found != lengths or size != start + sum(lengths):
+            raise _DamagedFileError(f"it has {size} bytes, expected are {start + sum(lengths)}")
+        file.seek(start + crc_span[0])
+        checksums = struct.unpack(f"<{pieces}q", file.read(lengths[1]))
+    return CachedCodes(path, start + codes_span[0], checksums, rows, frames)
+
+
+def _tensor_entry(header: Any, name: str, dtype: str) -> tuple[list[int], list[int]]:
+    entry = header.get(name) if isinstance(header, dict) else None
+    if isinstance(entry, dict) and entry.get("dtype") == dtype:
+        shape, span = entry.get("shape"), entry.get("data_offsets")
+        if _is_ints(shape) and _is_ints(span) and len(span) == 2:
+            return shape, span
+    raise _DamagedFileError(f"its header holds no tensor {name!r} of type {dtype}")
+
+
+def _is_ints(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def _file_state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:40]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, with the folder's usual permissions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

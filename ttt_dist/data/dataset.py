@@ -1,0 +1,215 @@
+"""The pieces of all recordings, and the one global order in which training visits them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ttt_dist.data.cache import CodesCache
+from ttt_dist.data.encode import Codec, encode_missing, missing_seconds
+from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings
+
+# Several sources share blocks of this many samples in proportion to their weights.
+_MIN_BLOCK = 1024
+_MIN_SHARE = 1e-6
+_MAX_LISTED = 10
+
+
+class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
+    """All pieces of all recordings of some sources, read from the cache when asked for.
+
+    `dataset[i]` is int64 `[R, T]` (R = 17 for Moshi): text, left channel, right channel; -1 where
+    there is no audio. Pieces are numbered source after source, recording after recording.
+
+    Raises:
+        DataError: recordings without codes; every rank needs all of them.
+    """
+
+    def __init__(self, sources: Sequence[Source], cache: CodesCache) -> None:
+        self.weights = [source.weight for source in sources]
+        self.source_sizes: list[int] = []
+        self.rows, self.frames = cache.spec.rows, cache.spec.frames
+        recordings = all_recordings(sources)
+        self._codes = [cache.find(key) for key in cache.keys(recordings)]
+        missing = [
+            recording
+            for recording, codes in zip(recordings, self._codes, strict=True)
+            if codes is None
+        ]
+        if missing:
+            names = ", ".join(str(recording.path) for recording in missing[:_MAX_LISTED])
+            names += ", …" if missing[_MAX_LISTED:] else ""
+            raise DataError(
+                [
+                    f"data.cache_dir: {cache.folder} lacks the codes of {len(missing)} of "
+                    f"{len(recordings)} recordings ({names}); "
+                    "run launch/prepare.py, with a folder that every node sees"
+                ]
+            )
+        counts = [codes.num_pieces for codes in self._codes if codes is not None]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        first = 0
+        for source in sources:
+            last = first + len(source.recordings)
+            self.source_sizes.append(sum(counts[first:last]))
+            first = last
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Codes of piece `index`, int64 `[R, T]`; raises DataError where its file is damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"piece {index} of {len(self)}")
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[place - 1]) if place > 0 else 0
+        codes = self._codes[place]
+        assert codes is not None
+        return codes.read(index - first).long()
+
+
+class GlobalOrder:
+    """Which sample stands at each position of an endless, layout-independent order.
+
+    `order[position]` is a sample number. A source is passed through epoch after epoch; with
+    `shuffle` each epoch has an order of its own, drawn from `seed`, the source and the epoch. With
+    several sources, each block of 1024 positions (more where a weight is small) holds every source
+    in proportion to its weight, in an order drawn from `seed` and the block. Any position is found
+    directly, so a run resumes by its step alone.
+
+    Args:
+        sizes: samples of each source, above 0; sample numbers run through the sources in order.
+        weights: how often each source is drawn, relative; the smallest share is 1e-6.
+        seed: 0 or above.
+        shuffle: shuffle within a source.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        self._sizes = list(sizes)
+        shares = np.asarray(weights, dtype=np.float64)
+        if not self._sizes or min(self._sizes) < 1:
+            raise ValueError(f"sizes: found {self._sizes}, allowed are sources of 1 sample or more")
+        if len(shares) != len(self._sizes) or not (np.isfinite(shares) & (shares > 0)).all():
+            raise ValueError(
+                f"weights: found {weights}, allowed are {len(self._sizes)} numbers above 0"
+            )
+        shares = shares / shares.sum()
+        if shares.min() < _MIN_SHARE:
+            raise ValueError(
+                f"weights: found {weights}, the smallest is below {_MIN_SHARE:g} of all"
+            )
+        if seed < 0:
+            raise ValueError(f"seed: found {seed}, allowed is 0 or above")
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        # Two roundings are off by less than two: with two or more expected, none gets below zero.
+        self._block = max(_MIN_BLOCK, int(np.ceil(2 / shares.min())))
+        self._bounds = np.concatenate([[0.0], np.cumsum(shares)])
+        self._bounds[-1] = 1.0
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epochs: dict[int, tuple[int, np.ndarray]] = {}
+        self._layout: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __getitem__(self, position: int) -> int:
+        if position < 0:
+            raise IndexError(f"position {position}, allowed is 0 or above")
+        source, local = (0, position) if len(self._sizes) == 1 else self._place(position)
+        epoch, offset = divmod(local, self._sizes[source])
+        if self._shuffle:
+            known = self._epochs.get(source)
+            if known is None or known[0] != epoch:
+                known = (epoch, self._permutation(self._sizes[source], source, epoch))
+                self._epochs[source] = known
+            offset = int(known[1][offset])
+        return int(self._starts[source]) + offset
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """The source at `position`, and how many of its samples come before."""
+        block, offset = divmod(position, self._block)
+        if self._layout is None or self._layout[0] != block:
+            # Cumulative quotas, rounded: exact over all blocks, and the same whoever computes them.
+            before = np.floor(block * self._block * self._bounds + 0.5).astype(np.int64)
+            after = np.floor((block + 1) * self._block * self._bounds + 0.5).astype(np.int64)
+            taken = np.diff(before)
+            sources = np.repeat(np.arange(len(self._sizes)), np.diff(after) - taken)
+            # Source numbers from len(sizes) on are free for the blocks' own streams.
+            sources = sources[self._permutation(self._block, len(self._sizes), block)]
+            locals_ = np.empty(self._block, dtype=np.int64)
+            for source, count in enumerate(taken):
+                chosen = sources == source
+                locals_[chosen] = count + np.arange(int(chosen.sum()))
+            self._layout = (block, sources, locals_)
+        return int(self._layout[1][offset]), int(self._layout[2][offset])
+
+    def _permutation(self, size: int, stream: int, epoch: int) -> np.ndarray:
+        # numpy keeps the raw bits of a bit generator from version to version, its shuffles not.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, stream, epoch])).random_raw(size)
+        return np.argsort(bits, kind="stable")
+
+
+def default_cache_folder(sources: Sequence[Source]) -> Path:
+    """Where codes go when `data.cache_dir` is not set.
+
+    `.cache/codes` beside the first manifest, where that folder can be written; else
+    `ttt-dist/codes` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+    """
+    for recording in all_recordings(sources)[:1]:
+        if os.access(recording.manifest.parent, os.W_OK):
+            return recording.manifest.parent / ".cache" / "codes"
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache) / "ttt-dist" / "codes"
+
+
+def open_pieces(
+    splits: Mapping[str, Sequence[Source]],
+    cache: CodesCache,
+    codec: Callable[[], Codec],
+    *,
+    rank: int,
+    world_size: int,
+    wait: Callable[[], None],
+    max_encode_sec: float,
+    progress: Callable[[Recording, bool], None] | None = None,
+) -> dict[str, PieceDataset]:
+    """What `train.py` calls: encode what is missing, if short, and open every split.
+
+    Args:
+        splits: name → sources as `read_sources` gives them, e.g. `{"train": …, "eval": …}`.
+        cache: of the run's `CodesSpec`; the same folder on all ranks.
+        codec: loads Mimi and the tokenizer; called only on ranks that have something to encode.
+        rank, world_size: of the whole job (tp ranks encode too).
+        wait: returns once every rank has called it (a barrier of the caller's process group).
+        max_encode_sec: refuse to encode more seconds of audio than this here, because ranks that
+            wait in a collective for hours die of its timeout.
+        progress: see `encode_missing`.
+
+    Raises:
+        DataError: too much is missing (run `launch/prepare.py` first), or data cannot be encoded.
+    """
+    recordings = [recording for sources in splits.values() for recording in all_recordings(sources)]
+    seconds = missing_seconds(recordings, cache)
+    if seconds > max_encode_sec:
+        raise DataError(
+            [
+                f"data.cache_dir: {cache.folder} lacks the codes of {seconds:.0f} s of audio, and "
+                f"training encodes at most data.max_inline_encode_sec = {max_encode_sec:.0f} s by "
+                "itself; run `python -m launch.prepare CONFIG` first, under torchrun to split it"
+            ]
+        )
+    encode_missing(recordings, cache, codec, rank=rank, world_size=world_size, progress=progress)
+    wait()
+    return {name: PieceDataset(sources, cache) for name, sources in splits.items()}

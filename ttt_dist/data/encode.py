@@ -1,0 +1,231 @@
+"""Filling the cache: which recordings lack codes, and encoding them, split over ranks.
+
+No process group is involved: a rank takes its share by number alone, so the same code serves a run
+that encodes its own little data and a job of hours on many nodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import sentencepiece
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.loaders import CheckpointInfo
+
+from ttt_dist.data.audio import (
+    SAMPLE_RATE,
+    StereoFile,
+    encode_pieces,
+    valid_frames,
+)
+from ttt_dist.data.cache import CodesCache, CodesSpec
+from ttt_dist.data.interleave import (
+    FRAME_RATE,
+    Word,
+    parse_alignments,
+    piece_words,
+    text_stream,
+    tokenize_word,
+)
+from ttt_dist.data.manifest import DataError, Recording
+
+# Mimi's first layers hold some 6 MB a second and activation at full width; this keeps a batch of
+# pieces near one gigabyte. Longer pieces are encoded one at a time.
+_BATCH_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What turns a recording into codes: Mimi (eval mode, on its device) and the tokenizer."""
+
+    mimi: MimiModel
+    tokenizer: sentencepiece.SentencePieceProcessor
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What `encode_missing` did with this rank's share. Seconds of audio, and of work."""
+
+    recordings: int
+    pieces: int
+    audio_sec: float
+    encoded: int
+    encoded_sec: float
+    work_sec: float
+
+    @property
+    def cached(self) -> int:
+        """Recordings whose codes were there already."""
+        return self.recordings - self.encoded
+
+
+def load_codec(info: CheckpointInfo, spec: CodesSpec, device: torch.device | str) -> Codec:
+    """Load a release's Mimi and tokenizer, and check that they fit its language model.
+
+    Raises:
+        DataError: Mimi's rates or codebooks, or the tokenizer's size, don't fit.
+    """
+    config = info.lm_config or {}
+    mimi = info.get_mimi(device=device).eval()
+    mimi.set_num_codebooks(spec.codebooks)
+    tokenizer = info.get_text_tokenizer()
+    problems = []
+    if mimi.sample_rate != SAMPLE_RATE or mimi.frame_rate != FRAME_RATE:
+        problems.append(
+            f"Mimi ({info.mimi_weights}): found {mimi.sample_rate} Hz and {mimi.frame_rate} frames "
+            f"a second, allowed are {SAMPLE_RATE} and {FRAME_RATE}"
+        )
+    if mimi.cardinality != config.get("card", 2048):
+        problems.append(
+            f"Mimi ({info.mimi_weights}): codebooks of {mimi.cardinality} codes don't fit the "
+            f"model's card = {config.get('card', 2048)}"
+        )
+    if tokenizer.vocab_size() > config.get("text_card", 32_000):
+        problems.append(
+            f"tokenizer ({info.tokenizer}): {tokenizer.vocab_size()} tokens don't fit the model's "
+            f"text_card = {config.get('text_card', 32_000)}"
+        )
+    if problems:
+        raise DataError(problems)
+    return Codec(mimi, tokenizer)
+
+
+def missing_seconds(recordings: Sequence[Recording], cache: CodesCache) -> float:
+    """Seconds of audio without cached codes, by the manifests' durations; reads no audio.
+
+    A recording whose content was never hashed under its present path counts as missing, so after a
+    move of the data this is an upper bound.
+    """
+    total = 0.0
+    for recording in recordings:
+        key = cache.known_key(recording)
+        if key is None or cache.find(key) is None:
+            total += recording.duration
+    return total
+
+
+def share_of(recordings: Sequence[Recording], rank: int, world_size: int) -> list[Recording]:
+    """The recordings that `rank` encodes; together the shares are all of them, each once.
+
+    Longest first, dealt out in turn, so that shares last about equally long. A file that is named
+    twice counts once. What is cached plays no part, since other ranks change that meanwhile.
+    """
+    unique = {recording.path: recording for recording in recordings}
+    ordered = sorted(unique.values(), key=lambda item: (-item.duration, str(item.path)))
+    return ordered[rank::world_size]
+
+
+def encode_missing(
+    recordings: Sequence[Recording],
+    cache: CodesCache,
+    codec: Callable[[], Codec],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[Recording, bool], None] | None = None,
+) -> EncodeReport:
+    """Encode this rank's share of the recordings that the cache lacks.
+
+    Args:
+        recordings: of all ranks, in the same order everywhere.
+        cache: where codes are looked for and written.
+        codec: called once, and only where something is missing.
+        rank, world_size: this process's share.
+        progress: called after each recording of the share with (recording, was it encoded now).
+
+    Raises:
+        DataError: alignment files that cannot be used (before anything is encoded), or audio that
+            cannot be decoded (after all the rest is encoded and kept).
+    """
+    begin = time.monotonic()
+    share = share_of(recordings, rank, world_size)
+    keys = cache.keys(share)
+    problems: list[str] = []
+    words: dict[int, list[Word]] = {}
+    pieces = 0
+    audio_sec = encoded_sec = 0.0
+    for index, (recording, key) in enumerate(zip(share, keys, strict=True)):
+        found = cache.find(key, verify=True)
+        if found is not None:
+            pieces += found.num_pieces
+            audio_sec += recording.duration
+            if progress is not None:
+                progress(recording, False)
+            continue
+        try:
+            words[index] = parse_alignments(
+                recording.alignments_path.read_bytes(), recording.alignments_path
+            )
+        except DataError as error:
+            problems += error.problems
+        except OSError as error:
+            problems.append(f"{recording.alignments_path}: cannot be read: {error}")
+    if problems:
+        raise DataError(problems)
+
+    loaded = codec() if words else None
+    for index, aligned in words.items():
+        recording = share[index]
+        assert loaded is not None
+        try:
+            codes = encode_recording(recording, aligned, loaded, cache.spec)
+        except DataError as error:
+            problems += error.problems
+            continue
+        cache.write(keys[index], codes)
+        pieces += codes.shape[0]
+        audio_sec += recording.duration
+        encoded_sec += recording.duration
+        if progress is not None:
+            progress(recording, True)
+    if problems:
+        raise DataError(problems)
+    return EncodeReport(
+        recordings=len(share),
+        pieces=pieces,
+        audio_sec=audio_sec,
+        encoded=len(words),
+        encoded_sec=encoded_sec,
+        work_sec=time.monotonic() - begin,
+    )
+
+
+def encode_recording(
+    recording: Recording, words: Sequence[Word], codec: Codec, spec: CodesSpec
+) -> torch.Tensor:
+    """Codes of all pieces of a recording, int32 `[N, R, T]`; frames after its end hold -1.
+
+    Rows: text, the left channel's codebooks (Moshi), the right channel's (the user). A short last
+    piece is kept.
+    """
+    frames, zero = spec.frames, spec.text_ids.zero
+    batch_size = max(1, int(_BATCH_SECONDS // spec.duration_sec))
+    encoded: list[torch.Tensor] = []
+    batch: list[tuple[float, np.ndarray]] = []
+
+    def flush() -> None:
+        audio = encode_pieces(codec.mimi, [samples for _, samples in batch], frames, zero=zero)
+        text = torch.full((len(batch), 1, frames), zero, dtype=torch.int32)
+        for row, (start, samples) in zip(text, batch, strict=True):
+            valid = valid_frames(samples, frames)
+            spoken = piece_words(words, start, spec.duration_sec)
+            stream = text_stream(
+                spoken, valid, lambda word: tokenize_word(codec.tokenizer, word), spec.text_ids
+            )
+            row[0, :valid] = torch.tensor(stream, dtype=torch.int32)
+        encoded.append(torch.cat([text, audio], dim=1))
+        batch.clear()
+
+    for piece in StereoFile(recording.path).pieces(spec.duration_sec):
+        batch.append(piece)
+        if len(batch) == batch_size:
+            flush()
+    if batch:
+        flush()
+    if not encoded:
+        raise DataError([f"{recording.where}: {recording.path} holds no audio"])
+    return torch.cat(encoded)

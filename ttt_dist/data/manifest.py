@@ -1,0 +1,237 @@
+"""Which recordings a run reads: moshi-finetune's `train_data` / `eval_data` specification.
+
+A specification is one `.jsonl`, a folder of them, or several of these as `path:weight,path:weight`.
+A manifest has one JSON object a line, `{"path": "a.wav", "duration": 24.52}`; `path` is relative to
+the manifest, and `a.json` beside the audio holds the word alignments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import sphn
+
+# A manifest's duration is often rounded; beyond this the line describes another file.
+DURATION_TOLERANCE_SEC = 1.0
+DURATION_TOLERANCE_SHARE = 0.01
+# Headers lie on network disks more often than not: latency, not work, is what threads hide.
+_CHECK_THREADS = 8
+# A manifest of the wrong kind fails on every line; the first ones tell all there is to tell.
+_MAX_PROBLEMS_A_MANIFEST = 20
+
+
+class DataError(ValueError):
+    """The data cannot be used; `problems` lists everything found, one sentence each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = tuple(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One stereo file of a manifest: left channel Moshi, right channel the user.
+
+    Attributes:
+        path: the audio file, absolute.
+        duration: seconds, as the manifest says (used for estimates; pieces are cut from the audio).
+        alignments_path: the `.json` beside the audio.
+        manifest, line: where it was named, for messages; lines count from 1.
+    """
+
+    path: Path
+    duration: float
+    alignments_path: Path
+    manifest: Path
+    line: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.manifest}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One item of a specification: its recordings, and how often it is drawn (relative weight)."""
+
+    path: Path
+    weight: float
+    recordings: tuple[Recording, ...]
+
+
+def read_sources(spec: str, *, field: str, check_files: bool = True) -> tuple[Source, ...]:
+    """Read a specification and every manifest it names.
+
+    Args:
+        spec: as in the module's docstring; relative paths start from the working folder.
+        field: the configuration key it comes from, named in messages (`data.train_data`).
+        check_files: look at every audio header, and for every alignment file, too. One rank is
+            enough.
+
+    Raises:
+        DataError: with every problem of every manifest and file, not only the first.
+    """
+    problems: list[str] = []
+    sources: list[Source] = []
+    seen: set[Path] = set()
+    items = [item.strip() for item in spec.split(",") if item.strip()]
+    if not items:
+        problems.append(
+            f"{field}: found {spec!r}, allowed are a .jsonl manifest, a folder of them, "
+            "or several as path:weight,path:weight"
+        )
+    for item in items:
+        path, weight, problem = _parse_item(item, field)
+        if problem is not None:
+            problems.append(problem)
+            continue
+        if path in seen:
+            problems.append(f"{field}: {path} is named twice; name it once, with one weight")
+            continue
+        seen.add(path)
+        recordings: list[Recording] = []
+        for manifest in _manifests(path, field, problems):
+            recordings += _read_manifest(manifest, problems)
+        sources.append(Source(path, weight, tuple(recordings)))
+    if check_files:
+        problems += check_recordings(all_recordings(sources))
+    if problems:
+        raise DataError(problems)
+    return tuple(sources)
+
+
+def all_recordings(sources: Iterable[Source]) -> list[Recording]:
+    """The recordings of all sources, in order."""
+    return [recording for source in sources for recording in source.recordings]
+
+
+def check_recordings(recordings: Sequence[Recording]) -> list[str]:
+    """What is wrong with the files behind `recordings`; reads audio headers, no samples."""
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        return [problem for problem in pool.map(_check_recording, recordings) if problem]
+
+
+def _parse_item(item: str, field: str) -> tuple[Path, float, str | None]:
+    text, colon, tail = item.rpartition(":")
+    weight = 1.0
+    if colon and not Path(item).expanduser().exists():
+        try:
+            weight = float(tail)
+        except ValueError:
+            return (
+                Path(item),
+                0.0,
+                f"{field}: found {item!r}, which is no file or folder, and {tail!r} is no weight; "
+                "write path or path:weight",
+            )
+        if not (math.isfinite(weight) and weight > 0):
+            return (
+                Path(text),
+                0.0,
+                f"{field}: found weight {tail!r} for {text}, allowed are numbers above 0",
+            )
+    else:
+        text = item
+    path = Path(text).expanduser().absolute()
+    if not path.exists():
+        return path, weight, f"{field}: found {text!r}, but there is no file or folder {path}"
+    return path, weight, None
+
+
+def _manifests(path: Path, field: str, problems: list[str]) -> list[Path]:
+    if path.is_file():
+        return [path]
+    # Sorted, because a folder's own order differs from host to host and so would the data order.
+    manifests = sorted(path.rglob("*.jsonl"))
+    if not manifests:
+        problems.append(f"{field}: the folder {path} holds no .jsonl manifest")
+    return manifests
+
+
+def _read_manifest(manifest: Path, problems: list[str]) -> list[Recording]:
+    try:
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{manifest}: cannot be read as text: {error}")
+        return []
+    recordings: list[Recording] = []
+    faults: list[str] = []
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        outcome = _parse_line(text, manifest, number)
+        if isinstance(outcome, Recording):
+            recordings.append(outcome)
+        else:
+            faults.append(outcome)
+    if len(faults) > _MAX_PROBLEMS_A_MANIFEST:
+        more = len(faults) - _MAX_PROBLEMS_A_MANIFEST
+        faults = [*faults[:_MAX_PROBLEMS_A_MANIFEST], f"{manifest}: {more} further bad lines"]
+    problems += faults
+    if not recordings and not faults:
+        problems.append(
+            f"{manifest}: holds no recording; each line must be "
+            '{"path": "file.wav", "duration": seconds}'
+        )
+    return recordings
+
+
+def _parse_line(text: str, manifest: Path, number: int) -> Recording | str:
+    where = f"{manifest}:{number}"
+    form = '{"path": "file.wav", "duration": seconds}'
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        return (
+            f"{where}: is no JSON ({error.msg} at column {error.colno}); each line must be {form}"
+        )
+    if not isinstance(entry, dict):
+        return f"{where}: found a JSON {type(entry).__name__}, each line must be {form}"
+    name, duration = entry.get("path"), entry.get("duration")
+    if not isinstance(name, str) or not name:
+        return f"{where}: path: found {name!r}, allowed is a file name; each line must be {form}"
+    if (
+        not isinstance(duration, (int, float))
+        or isinstance(duration, bool)
+        or not math.isfinite(duration)
+        or duration <= 0
+    ):
+        return f"{where}: duration: found {duration!r}, allowed are seconds above 0 ({name})"
+    path = (manifest.parent / name).absolute()
+    return Recording(path, float(duration), path.with_suffix(".json"), manifest, number)
+
+
+def _check_recording(recording: Recording) -> str | None:
+    where, path = recording.where, recording.path
+    if not path.is_file():
+        return f"{where}: there is no audio file {path}"
+    if not recording.alignments_path.is_file():
+        return (
+            f"{where}: there is no alignment file {recording.alignments_path} beside the audio; it "
+            'must hold {"alignments": [[word, [start, end], speaker], ...]}'
+        )
+    try:
+        reader = sphn.FileReader(str(path))
+        channels, seconds = reader.channels, reader.duration_sec
+    except (ValueError, OSError, RuntimeError) as error:
+        return (
+            f"{where}: the audio header of {path} is unreadable ({error}); "
+            "use wav, flac, mp3 or ogg vorbis"
+        )
+    if channels != 2:
+        return (
+            f"{where}: {path} has {channels} channel{'' if channels == 1 else 's'}, allowed is "
+            "stereo: left Moshi, right the user"
+        )
+    tolerance = max(DURATION_TOLERANCE_SEC, DURATION_TOLERANCE_SHARE * recording.duration)
+    if abs(seconds - recording.duration) > tolerance:
+        return (
+            f"{where}: duration: found {recording.duration:g} s, but {path} lasts {seconds:.2f} s; "
+            "write the file's duration into the manifest"
+        )
+    return None
