@@ -194,8 +194,10 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> ConfigReadi
             problems.append(problem)
             uncertain.add(override.path)
             continue
-        if is_text(override.path) and not isinstance(value, (str, list, type(None))):
-            value = override.text.strip()  # a name such as 007 or 2024-01-01 is meant as typed
+        if is_text(override.path) and not isinstance(value, (str, list)):
+            # A name such as 007 or 2024-01-01 is meant as typed, and so is nothing at all.
+            text = override.text.strip()
+            value = None if value is None and text else text
         data = yaml_input.merge(data, override.keys, value)
         overridden.add(override.path)
     known = {"repo": str(REPO_ROOT), "time": TIME}

@@ -1,6 +1,7 @@
 """Everything that can be known to be wrong before process groups and weights, in one list."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from ttt_dist.moshi.build import lm_config_problems, select_layers
 from ttt_dist.moshi.release import ReleaseError, open_release
 
 FRAMES_PER_SECOND = 12.5
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def refuse_unbuilt(config: TrainConfig) -> list[str]:
@@ -98,9 +100,9 @@ def resolve_mesh(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
     else:
         count = replicate * shard * tp
         wanted = f"dp_replicate {replicate} * dp_shard {shard} * tp {tp} = {count}"
-    fix = f"start {count} ranks (torchrun --nproc_per_node)"
+    fix = f"start {count} ranks (torchrun --nproc_per_node), change parallel.dp_replicate or tp"
     if shard != -1 and world_size % others == 0:
-        fix += " or set parallel.dp_shard=-1 (the rest)"
+        fix += ", or set parallel.dp_shard=-1 (the rest)"
     raise UserError(
         f"parallel: there are {world_size} rank{'s' if world_size > 1 else ''}, but {wanted}; {fix}"
     )
@@ -318,9 +320,10 @@ def check_start(
         check_files=rank == 0,
     )
     paths = config.moshi_paths
-    is_local = paths.hf_repo_id is None or Path(paths.hf_repo_id).is_dir()
+    name = paths.hf_repo_id or ""
+    is_on_hub = HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
     release: CheckpointInfo | None = None
-    if is_local or not problems:
+    if not (is_on_hub and problems):
         try:
             release = open_release(**paths.model_dump())
         except ReleaseError as error:

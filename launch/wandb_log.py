@@ -8,7 +8,8 @@ import yaml
 
 from launch.config import TrainConfig, dump_yaml
 
-INIT_TIMEOUT_SECONDS = 15
+# An unreachable server may cost a run 20 s, and starting W&B's service takes seconds of a busy CPU.
+INIT_TIMEOUT_SECONDS = 10
 # Rows that could not be uploaded by then stay in the run folder, for `wandb sync`.
 FINISH_TIMEOUT_SECONDS = 60
 

@@ -12,6 +12,9 @@ from typing import Any
 import yaml
 
 PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
+# Configurations nest a key in a section. Deeper mappings are mistakes for the schema to tell, and a
+# YAML alias may nest in itself without end.
+MAX_DEPTH = 2
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def expand(value: Any, known: Mapping[str, str], path: str = "") -> tuple[Any, d
     Returns the expanded value, and the problems by key path.
     """
     problems: dict[str, str] = {}
-    if isinstance(value, Mapping):
+    depth = path.count(".") + 1 if path else 0
+    if isinstance(value, Mapping) and depth < MAX_DEPTH:
         expanded = {}
         for key, item in value.items():
             expanded[key], below = expand(item, known, f"{path}.{key}" if path else str(key))

@@ -1,0 +1,199 @@
+"""What is refused before process groups and weights, all of it in one list."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.config import REPO_ROOT, TrainConfig, load_config, read_config
+from launch.errors import UserError
+from launch.preflight import (
+    build_ttt_config,
+    check_run,
+    check_start,
+    refuse_unbuilt,
+    resolve_mesh,
+    run_warnings,
+)
+
+TINY = {"dim": 128, "num_heads": 8, "num_layers": 4}
+DEMO = REPO_ROOT / "configs" / "demo.yaml"
+
+
+def demo(tmp_path: Path, *overrides: str) -> TrainConfig:
+    return load_config(DEMO, [f"run_dir={tmp_path}/run", "device=cpu", *overrides])
+
+
+def check(config: TrainConfig, world_size: int = 2) -> list[str]:
+    return check_run(config, world_size=world_size, lm_config=TINY)
+
+
+@pytest.mark.parametrize(("world_size", "tp"), [(1, 1), (2, 1), (2, 2), (4, 2), (8, 1), (8, 2)])
+def test_demo_may_start_on_any_layout(tmp_path: Path, world_size: int, tp: int) -> None:
+    assert check(demo(tmp_path, f"parallel.tp={tp}"), world_size) == []
+
+
+@pytest.mark.parametrize("name", ["moshi_7b_ttt", "moshi_7b_full"])
+def test_7b_configs_lack_nothing_but_data(tmp_path: Path, name: str) -> None:
+    path = REPO_ROOT / "configs" / f"{name}.yaml"
+    config = load_config(path, [f"run_dir={tmp_path}/run", "device=cpu"])
+    problems = check_run(config, world_size=8, lm_config=None)
+    assert [problem.split(":")[0] for problem in problems] == ["data.train_data"]
+    data = f"data.train_data={REPO_ROOT}/configs/demo/train.jsonl"
+    config = load_config(path, [f"run_dir={tmp_path}/run", "device=cpu", data])
+    assert check_run(config, world_size=8, lm_config=None) == []
+    assert run_warnings(config) == ["eval_freq: has no effect, since do_eval is false"]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("lora.enable=true", "LoRA isn't built yet"),
+        ("compile=true", "compile"),
+        ("ttt.persistent_states=true", "ttt.persistent_states"),
+        ("ttt.ttt_mlp_layers=3", "found 3"),
+        ("ttt.log_inner_loop_losses=true", "ttt.log_inner_loop_losses"),
+        ("ttt.save_inner_loop_plots=true", "ttt.save_inner_loop_plots"),
+        ("ttt.causal=false", "later frames"),
+        ("overwrite_run_dir=true", "nothing is ever deleted"),
+    ],
+)
+def test_unbuilt_features_load_and_are_refused_at_start(
+    tmp_path: Path, override: str, part: str
+) -> None:
+    (problem,) = check(demo(tmp_path, override))
+    assert problem.startswith(override.split("=")[0])
+    assert part in problem
+
+
+def test_depth_of_the_inner_mlp_says_nothing_about_ttt_linear(tmp_path: Path) -> None:
+    config = demo(tmp_path, "ttt.inner_model=linear", "ttt.ttt_mlp_layers=3")
+    assert refuse_unbuilt(config) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "mesh"),
+    [
+        ([], 8, (1, 8, 1)),
+        (["parallel.tp=2"], 8, (1, 4, 2)),
+        (["parallel.tp=2", "parallel.dp_replicate=2"], 8, (2, 2, 2)),
+        (["parallel.dp_shard=2", "parallel.tp=4"], 8, (1, 2, 4)),
+    ],
+)
+def test_mesh(
+    tmp_path: Path, overrides: list[str], world_size: int, mesh: tuple[int, int, int]
+) -> None:
+    assert resolve_mesh(demo(tmp_path, *overrides), world_size) == mesh
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "parts"),
+    [
+        (["parallel.tp=4"], 2, ["2 ranks", "tp 4 = 4", "start 4 ranks"]),
+        (["parallel.tp=2"], 1, ["1 rank,", "start 2 ranks"]),
+        (["parallel.dp_shard=2"], 8, ["dp_shard 2", "= 2", "start 2 ranks", "dp_shard=-1"]),
+    ],
+)
+def test_mesh_product_is_not_the_world(
+    tmp_path: Path, overrides: list[str], world_size: int, parts: list[str]
+) -> None:
+    (problem,) = check(demo(tmp_path, *overrides), world_size)
+    for part in parts:
+        assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "world_size", "parts"),
+    [
+        ("parallel.tp=3", 3, ["parallel.tp", "found 3", "8 heads", "1, 2, 4, 8"]),
+        ("ttt.layers=1,9", 2, ["ttt.layers", "9", "0 to 3"]),
+        ("ttt.layers=1,1", 2, ["ttt.layers", "twice", "0 to 3"]),
+        ("ttt.layers=lower", 2, ["ttt.layers", "'lower'", "0 to 3"]),
+        ("global_batch_size=9", 2, ["global_batch_size", "found 9", "8 or 10"]),
+        ("data.train_data=/nowhere/t.jsonl", 2, ["data.train_data", "/nowhere/t.jsonl"]),
+        ("data.train_data=", 2, ["data.train_data", "is empty"]),
+        ("data.eval_data=", 2, ["data.eval_data", "do_eval"]),
+    ],
+)
+def test_one_mistake_one_line(
+    tmp_path: Path, override: str, world_size: int, parts: list[str]
+) -> None:
+    (problem,) = check(demo(tmp_path, override), world_size)
+    for part in parts:
+        assert part in problem
+
+
+def test_odd_head_dim_is_refused(tmp_path: Path) -> None:
+    lm_config = {**TINY, "dim": 8 * 15}
+    (problem,) = check_run(demo(tmp_path), world_size=2, lm_config=lm_config)
+    assert problem.startswith("ttt:")
+    assert "15" in problem
+
+
+def test_nothing_is_concluded_from_wrong_keys(tmp_path: Path) -> None:
+    run_dir = f"run_dir={tmp_path}/run"
+    reading = read_config(DEMO, [run_dir, "parallel.tp=two", "data.train_data=${x}", "device=cpu"])
+    problems = check_run(reading.config, world_size=3, lm_config=TINY, bad_keys=reading.bad_keys)
+    assert problems == []
+
+
+def test_bad_audio_and_alignments_are_all_told(tmp_path: Path) -> None:
+    manifest = tmp_path / "t.jsonl"
+    rows = [{"path": "none.wav", "duration": 3}, {"path": "text.wav", "duration": 3}]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "text.json").write_text('{"alignments": []}')
+    problems = check(demo(tmp_path, f"data.train_data={manifest}"))
+    assert len(problems) == 2
+    assert "none.wav" in problems[0]
+    assert "text.wav" in problems[1]
+
+
+def test_everything_wrong_comes_in_one_message(tmp_path: Path) -> None:
+    arguments = [
+        str(DEMO),
+        f"run_dir={tmp_path}",
+        "optim.learnin_rate=1",
+        "batch_size=none",
+        "lora.enable=true",
+        "parallel.tp=4",
+        "data.eval_data=/nowhere.jsonl",
+        "moshi_paths.hf_repo_id=/nowhere",
+        "device=cpu",
+    ]
+    (tmp_path / "x").touch()
+    with pytest.raises(UserError) as caught:
+        check_start(arguments, world_size=2, rank=0, local_world_size=2)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "optim.learnin_rate",
+        "batch_size",
+        "lora.enable",
+        "run_dir",
+        "parallel",
+        "data.eval_data",
+        "moshi_paths.hf_repo_id",
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_warnings(tmp_path: Path) -> None:
+    config = demo(tmp_path, "duration_sec=1", "do_eval=false", "optim.ttt_lr=1")
+    keys = [warning.split(":")[0] for warning in run_warnings(config)]
+    assert keys == ["duration_sec", "ttt.mini_batch_size", "eval_freq"]
+    assert run_warnings(demo(tmp_path)) == []
+
+
+def test_ttt_section_reaches_the_layer_config(tmp_path: Path) -> None:
+    config = demo(
+        tmp_path,
+        "ttt.inner_model=linear",
+        "ttt.mini_batch_size=8",
+        "ttt.base_lr=0.5",
+        "ttt.ttt_mlp_expansion_factor=2",
+        "ttt.inner_eps=1e-8",
+        "ttt.checkpoint_group_size=0",
+    )
+    built = build_ttt_config(config.ttt, TINY)
+    assert (built.model_dim, built.num_heads, built.inner_model) == (128, 8, "linear")
+    assert (built.mini_batch_size, built.base_lr, built.expansion) == (8, 0.5, 2)
+    assert (built.inner_eps, built.checkpoint_group_size, built.causal) == (1e-8, 0, True)
