@@ -63,7 +63,7 @@ class DataConfig(Section):
     shuffle: bool = False
     """visit the pieces of each epoch in an order drawn from `seed`"""
     cache_dir: Text = None
-    """folder for encoded audio; null: .cache/codes beside the first manifest, or the user's cache"""
+    """where encoded audio goes; null: .cache/codes by the first manifest, or the user's cache"""
     prefetch: CountInt = 2
     """batches prepared ahead of the step that takes them"""
     max_inline_encode_sec: NonNegativeFloat = 3600.0
