@@ -72,6 +72,7 @@ class StereoFile:
             return native
         wanted = math.ceil(native.shape[1] * SAMPLE_RATE / self.sample_rate)
         # The resampler works in blocks and returns up to one more than the audio's length.
+        native = np.ascontiguousarray(native)
         return sphn.resample(native, self.sample_rate, SAMPLE_RATE)[:, :wanted]
 
     def pieces(self, duration_sec: float) -> Iterator[tuple[float, np.ndarray]]:

@@ -1,0 +1,392 @@
+"""The cache of codes: found by content, computed once, never trusted where damaged."""
+
+import dataclasses
+import json
+import logging
+import os
+import struct
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from moshi.models.compression import MimiModel
+
+from tests.unit.data_cases import (
+    SPEC,
+    cache_in,
+    open_sources,
+    small_codec,
+    stereo,
+    write_dataset,
+    write_wav,
+)
+from ttt_dist.data.cache import CodesCache, CodesSpec
+from ttt_dist.data.dataset import PieceDataset, default_cache_folder, open_pieces
+from ttt_dist.data.encode import encode_missing, load_codec, missing_seconds, share_of
+from ttt_dist.data.interleave import TextIds
+from ttt_dist.data.manifest import DataError
+
+
+@pytest.fixture
+def encoded_pieces(monkeypatch):
+    """Counts what goes through Mimi: one entry a call, the shape of its batch."""
+    calls = []
+    original = MimiModel.encode
+
+    def encode(self, x):
+        calls.append(tuple(x.shape))
+        return original(self, x)
+
+    monkeypatch.setattr(MimiModel, "encode", encode)
+    return calls
+
+
+def must_not_load():
+    raise AssertionError("Mimi was loaded although nothing is missing")
+
+
+def test_a_second_run_encodes_nothing(tmp_path, encoded_pieces):
+    (source,) = open_sources(write_dataset(tmp_path / "data", [5.3, 3.0, 0.5]))
+    cache = cache_in(tmp_path / "cache")
+    assert missing_seconds(source.recordings, cache) == pytest.approx(8.8)
+    first = encode_missing(source.recordings, cache, small_codec)
+    assert (first.recordings, first.encoded, first.cached, first.pieces) == (3, 3, 0, 6)
+    # All pieces of a recording in one batch, both channels: 3, 2 and 1 pieces.
+    assert [shape[0] for shape in encoded_pieces] == [6, 4, 2]
+    seen = []
+    second = encode_missing(
+        source.recordings,
+        cache_in(tmp_path / "cache"),
+        must_not_load,
+        progress=lambda recording, encoded: seen.append((recording.path.name, encoded)),
+    )
+    assert (second.encoded, second.cached, second.pieces) == (0, 3, 6)
+    assert seen == [(f"train{n}.wav", False) for n in range(3)]
+    assert len(encoded_pieces) == 3
+    assert missing_seconds(source.recordings, cache) == 0.0
+
+
+def test_the_key_follows_everything_that_codes_depend_on(tmp_path):
+    (source,) = open_sources(write_dataset(tmp_path / "data", [1.0]))
+    (recording,) = source.recordings
+    folder = tmp_path / "cache"
+    keys = [cache_in(folder).key(recording)]
+    for change in (
+        {"duration_sec": 2.5},
+        {"codebooks": 4},
+        {"text_ids": TextIds(padding=4)},
+        {"mimi": "other"},
+        {"tokenizer": "other"},
+    ):
+        keys.append(CodesCache(folder, dataclasses.replace(SPEC, **change)).key(recording))
+    samples = stereo(1.0)
+    samples[1, -1] += 0.5  # same path, same size
+    write_wav(recording.path, samples)
+    keys.append(cache_in(folder).key(recording))
+    content = recording.alignments_path.read_text()
+    recording.alignments_path.write_text(content.replace("0.1,", "0.2,"))
+    keys.append(cache_in(folder).key(recording))
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_is_the_content_not_the_place_or_time(tmp_path):
+    (source,) = open_sources(write_dataset(tmp_path / "data", [1.0]))
+    (recording,) = source.recordings
+    key = cache_in(tmp_path / "cache").key(recording)
+    os.utime(recording.path, (1, 1))
+    assert cache_in(tmp_path / "cache").key(recording) == key
+    (tmp_path / "data").rename(tmp_path / "moved")
+    (moved,) = open_sources(tmp_path / "moved" / "train.jsonl")
+    assert cache_in(tmp_path / "other").key(moved.recordings[0]) == key
+
+
+def test_hashes_of_unchanged_files_are_remembered(tmp_path, monkeypatch):
+    (source,) = open_sources(write_dataset(tmp_path / "data", [1.0]))
+    (recording,) = source.recordings
+    cache = cache_in(tmp_path / "cache")
+    assert cache.known_key(recording) is None
+    key = cache.key(recording)
+    assert cache.known_key(recording) == key
+    for memo in (tmp_path / "cache" / "hashes").iterdir():
+        memo.write_text("[1, 2")  # damaged: hashed again
+    assert cache.known_key(recording) is None
+    assert cache.key(recording) == cache.known_key(recording) == key
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 4
+    path.write_bytes(content)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _junk(path: Path) -> None:
+    path.write_bytes(os.urandom(4000))
+
+
+def _claim_a_huge_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 60 << 20) + b"{" + path.read_bytes())
+
+
+def _other_shape(path: Path) -> None:
+    wide = dataclasses.replace(SPEC, duration_sec=4.0)
+    other = CodesCache(path.parents[1], wide)
+    other.write("ab" + "0" * 38, torch.zeros(2, wide.rows, wide.frames, dtype=torch.int32))
+    other.path("ab" + "0" * 38).replace(path)
+
+
+def _lying_offsets(path: Path) -> None:
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    header["codes"]["data_offsets"][1] += 4
+    changed = json.dumps(header).encode().ljust(size)
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + size :])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate,
+        _lengthen,
+        _flip_a_bit,
+        _empty,
+        _junk,
+        _claim_a_huge_header,
+        _other_shape,
+        _lying_offsets,
+    ],
+)
+def test_damaged_codes_are_named_and_encoded_anew(tmp_path, caplog, damage):
+    sources = open_sources(write_dataset(tmp_path / "data", [3.0]))
+    recordings = sources[0].recordings
+    cache = cache_in(tmp_path / "cache")
+    encode_missing(recordings, cache, small_codec)
+    path = cache.path(cache.key(recordings[0]))
+    good = path.read_bytes()
+    damage(path)
+    with caplog.at_level(logging.WARNING):
+        report = encode_missing(recordings, cache, small_codec)
+    assert report.encoded == 1
+    assert any(str(path) in record.getMessage() for record in caplog.records)
+    assert path.read_bytes() == good
+
+
+def test_codes_that_are_damaged_during_a_run_stop_it(tmp_path):
+    sources = open_sources(write_dataset(tmp_path / "data", [3.0]))
+    cache = cache_in(tmp_path / "cache")
+    encode_missing(sources[0].recordings, cache, small_codec)
+    dataset = PieceDataset(sources, cache)
+    path = cache.path(cache.key(sources[0].recordings[0]))
+    _flip_a_bit(path)
+    with pytest.raises(DataError, match=path.name):
+        [dataset[index] for index in range(len(dataset))]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    cache = cache_in(tmp_path / "cache")
+    codes = torch.zeros(1, SPEC.rows, SPEC.frames, dtype=torch.int32)
+    cache.write("aa", codes)
+    before = cache.path("aa").read_bytes()
+
+    def fail(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*disk full"):
+        cache.write("aa", codes + 1)
+    assert [entry.name for entry in (tmp_path / "cache" / "aa").iterdir()] == ["aa.safetensors"]
+    assert cache.path("aa").read_bytes() == before
+
+
+def test_codes_of_another_shape_or_type_are_not_written(tmp_path):
+    cache = cache_in(tmp_path / "cache")
+    for codes in (
+        torch.zeros(1, SPEC.rows, SPEC.frames),
+        torch.zeros(1, 9, SPEC.frames, dtype=torch.int32),
+        torch.zeros(SPEC.rows, SPEC.frames, dtype=torch.int32),
+    ):
+        with pytest.raises(ValueError, match="allowed is int32"):
+            cache.write("aa", codes)
+
+
+def test_ranks_that_write_the_same_codes_at_once_do_no_harm(tmp_path):
+    sources = open_sources(write_dataset(tmp_path / "data", [1.0] * 4))
+    errors = []
+
+    def run():
+        try:
+            encode_missing(sources[0].recordings, cache_in(tmp_path / "cache"), small_codec)
+        except (DataError, OSError) as error:
+            errors.append(error)
+
+    small_codec()
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(PieceDataset(sources, cache_in(tmp_path / "cache"))) == 4
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_shares_cover_all_recordings_once(tmp_path):
+    (source,) = open_sources(write_dataset(tmp_path, [0.5, 0.9, 0.3, 0.7, 0.4]))
+    doubled = [*source.recordings, source.recordings[0]]
+    for world_size in (1, 2, 3, 8):
+        shares = [share_of(doubled, rank, world_size) for rank in range(world_size)]
+        paths = [recording.path for share in shares for recording in share]
+        assert sorted(paths) == sorted(recording.path for recording in source.recordings)
+    assert [item.duration for item in share_of(doubled, 0, 2)] == [0.9, 0.5, 0.3]
+
+
+def test_bad_alignments_stop_before_encoding_and_bad_audio_after_the_rest(tmp_path, encoded_pieces):
+    manifest = write_dataset(tmp_path / "data", [1.0] * 4)
+    (source,) = open_sources(manifest)
+    cache = cache_in(tmp_path / "cache")
+    files = [recording.alignments_path for recording in source.recordings]
+    good = files[1].read_text()
+    files[1].write_text("{}")
+    files[3].write_text("[")
+    with pytest.raises(DataError) as raised:
+        encode_missing(source.recordings, cache, small_codec)
+    assert [str(files[1]) in raised.value.problems[0], len(raised.value.problems)] == [True, 2]
+    assert encoded_pieces == []
+
+    files[1].write_text(good)
+    files[3].write_text(good)
+    source.recordings[0].path.write_bytes(b"RIFF")
+    with pytest.raises(DataError, match=r"train0\.wav") as raised:
+        encode_missing(source.recordings, cache, small_codec)
+    assert len(raised.value.problems) == 1
+    write_wav(source.recordings[0].path, stereo(1.0))
+    assert encode_missing(source.recordings, cache, small_codec).encoded == 1
+
+
+def test_the_data_folder_may_be_read_only(tmp_path):
+    (source,) = open_sources(write_dataset(tmp_path / "data", [1.0]))
+    before = sorted((tmp_path / "data").rglob("*"))
+    (tmp_path / "data").chmod(0o555)
+    try:
+        encode_missing(source.recordings, cache_in(tmp_path / "cache"), small_codec)
+        assert sorted((tmp_path / "data").rglob("*")) == before
+    finally:
+        (tmp_path / "data").chmod(0o755)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_told(tmp_path):
+    (source,) = open_sources(write_dataset(tmp_path / "data", [1.0]))
+    (tmp_path / "cache").write_text("a file stands in the folder's place")
+    with pytest.raises(DataError, match=r"data\.cache_dir: cannot write codes into"):
+        encode_missing(source.recordings, cache_in(tmp_path / "cache"), small_codec)
+
+
+def test_where_codes_go_by_default(tmp_path, monkeypatch):
+    sources = open_sources(write_dataset(tmp_path / "data", [0.5]))
+    assert default_cache_folder(sources) == tmp_path / "data" / ".cache" / "codes"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert default_cache_folder(sources) == tmp_path / "user" / "ttt-dist" / "codes"
+
+
+def test_opening_pieces_on_two_ranks(tmp_path):
+    """Each rank encodes its share, waits for the other, and then sees all pieces."""
+    train = open_sources(write_dataset(tmp_path / "data", [2.0, 3.0, 1.0]))
+    held_out = open_sources(write_dataset(tmp_path / "data", [1.5], name="eval", seed=9))
+    barrier = threading.Barrier(2)
+    found = {}
+    small_codec()
+
+    def run(rank):
+        found[rank] = open_pieces(
+            {"train": train, "eval": held_out},
+            cache_in(tmp_path / "cache"),
+            small_codec,
+            rank=rank,
+            world_size=2,
+            wait=lambda: barrier.wait(30),
+            max_encode_sec=100.0,
+        )
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(2):
+        assert {name: len(dataset) for name, dataset in found[rank].items()} == {
+            "train": 4,
+            "eval": 1,
+        }
+    train_0, train_1 = found[0]["train"], found[1]["train"]
+    assert train_0.source_sizes == [4]
+    for index in range(4):
+        assert train_0[index].dtype == torch.int64
+        assert train_0[index].shape == (17, 25)
+        assert torch.equal(train_0[index], train_1[index])
+    with pytest.raises(IndexError):
+        train_0[4]
+
+
+def test_long_encoding_is_left_to_prepare(tmp_path):
+    train = open_sources(write_dataset(tmp_path / "data", [3.0]))
+    waited = []
+    arguments = {"rank": 0, "world_size": 1, "wait": lambda: waited.append(time.time())}
+    with pytest.raises(DataError, match=r"lacks the codes of 3 s .*launch\.prepare"):
+        open_pieces(
+            {"train": train},
+            cache_in(tmp_path / "cache"),
+            must_not_load,
+            max_encode_sec=2.9,
+            **arguments,
+        )
+    assert waited == []
+    encode_missing(train[0].recordings, cache_in(tmp_path / "cache"), small_codec)
+    opened = open_pieces(
+        {"train": train},
+        cache_in(tmp_path / "cache"),
+        must_not_load,
+        max_encode_sec=0.0,
+        **arguments,
+    )
+    assert len(opened["train"]) == 2
+    assert len(waited) == 1
+
+
+def test_pieces_without_codes_are_told(tmp_path):
+    sources = open_sources(write_dataset(tmp_path / "data", [0.5] * 12))
+    with pytest.raises(DataError, match=r"lacks the codes of 12 of 12 recordings .*, …\)"):
+        PieceDataset(sources, cache_in(tmp_path / "cache"))
+
+
+def test_a_codec_that_does_not_fit_the_model_is_refused():
+    class Info:
+        """The parts of moshi's CheckpointInfo that loading a codec reads."""
+
+        lm_config = {"n_q": 16, "dep_q": 8, "card": 2048, "text_card": 20}  # noqa: RUF012
+        mimi_weights = tokenizer = Path("a")
+
+        def get_mimi(self, device):
+            return small_codec().mimi
+
+        def get_text_tokenizer(self):
+            return small_codec().tokenizer
+
+    with pytest.raises(DataError) as raised:
+        load_codec(Info(), CodesSpec(2.0, 8, TextIds(), "m", "t"), "cpu")
+    assert "codebooks of 64 codes don't fit the model's card = 2048" in str(raised.value)
+    assert "tokens don't fit the model's text_card = 20" in str(raised.value)

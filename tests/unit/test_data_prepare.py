@@ -1,0 +1,113 @@
+"""`launch/prepare.py`: data into the cache, and a person's mistakes in one message."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from moshi.models.compression import MimiModel
+from safetensors.torch import save_file
+
+from launch.config import load_config
+from launch.prepare import open_cache, prepare, read_splits
+from tests.unit.data_cases import small_mimi, small_mimi_config, small_tokenizer, write_dataset
+from ttt_dist.data.cache import CodesSpec
+from ttt_dist.data.dataset import PieceDataset
+from ttt_dist.moshi.release import open_release
+
+REPO = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Overrides for a small release and data set: 4 recordings to train on, 1 held out."""
+    release = tmp_path / "release"
+    release.mkdir()
+    names = {"mimi_name": "mimi.safetensors", "mimi_config_name": "mimi.json"}
+    names |= {"tokenizer_name": "text.model", "moshi_name": "model.safetensors"}
+    model = {"n_q": 16, "dep_q": 8, "card": 64, "text_card": 40, "dim": 16, "num_heads": 2}
+    (release / "config.json").write_text(json.dumps(model | names))
+    (release / "mimi.json").write_text(json.dumps(small_mimi_config()))
+    save_file(small_mimi().state_dict(), release / "mimi.safetensors")
+    save_file({"unread": torch.zeros(1)}, release / "model.safetensors")
+    (release / "text.model").write_bytes(small_tokenizer().serialized_model_proto())
+    train = write_dataset(tmp_path / "data", [5.0, 3.0, 2.0, 1.0])
+    held_out = write_dataset(tmp_path / "data", [2.5], name="eval", seed=7)
+    return [
+        f"run_dir={tmp_path / 'run'}",
+        f"data.train_data={train}",
+        f"data.eval_data={held_out}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"moshi_paths.hf_repo_id={release}",
+        "duration_sec=2.0",
+        "full_finetuning=true",
+    ]
+
+
+def test_ranks_prepare_their_shares_and_a_second_run_nothing(arguments, monkeypatch):
+    config = load_config(None, arguments)
+    lines = [prepare(config, rank=rank, world_size=2, device=CPU) for rank in range(2)]
+    # Longest first, in turn: 5 + 2.5 + 1 s and 3 + 2 s.
+    assert lines[0].startswith("rank 0 of 2: 3 recordings, 6 pieces, 8 s of audio; encoded now: 3")
+    assert lines[1].startswith("rank 1 of 2: 2 recordings, 3 pieces, 5 s of audio; encoded now: 2")
+
+    monkeypatch.setattr(MimiModel, "encode", None)
+    line = prepare(config, rank=0, world_size=1, device=CPU)
+    assert line.startswith("5 recordings, 9 pieces, 14 s of audio; encoded now: 0 (0 s), already")
+    assert line.endswith(f"cache: {config.data.cache_dir}")
+
+    splits = read_splits(config, check_files=True)
+    spec = CodesSpec.from_release(open_release(**config.moshi_paths.model_dump()), duration_sec=2.0)
+    cache = open_cache(config, splits, spec)
+    train, held_out = (PieceDataset(splits[name], cache) for name in ("train", "eval"))
+    assert (len(train), len(held_out)) == (7, 2)
+    assert train[0].shape == (17, 25)
+
+
+def test_the_cut_and_the_weights_of_a_release_belong_to_the_key(arguments):
+    config = load_config(None, arguments)
+    release = Path(config.moshi_paths.hf_repo_id)
+
+    def fingerprint(duration_sec=2.0):
+        return CodesSpec.from_release(
+            open_release(str(release)), duration_sec=duration_sec
+        ).fingerprint
+
+    seen = [fingerprint(), fingerprint(2.5)]
+    state = small_mimi().state_dict()
+    name = next(name for name, value in state.items() if value.is_floating_point())
+    save_file(state | {name: state[name] + 1e-3}, release / "mimi.safetensors")
+    seen.append(fingerprint())
+    (release / "mimi.json").write_text(json.dumps(small_mimi_config() | {"note": 1}))
+    seen.append(fingerprint())
+    (release / "text.model").write_bytes((release / "text.model").read_bytes() + b"\0")
+    seen.append(fingerprint())
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_command_tells_mistakes_once_and_exits_with_2(arguments, tmp_path):
+    (tmp_path / "data" / "train2.wav").unlink()
+    (tmp_path / "data" / "eval0.wav").write_bytes(b"noise")
+    finished = subprocess.run(
+        [sys.executable, "-m", "launch.prepare", *_with_empty_config(tmp_path), *arguments],
+        cwd=REPO,
+        env=os.environ | {"NO_TORCH_COMPILE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert "Can't prepare the data: 2 problems." in finished.stderr
+    assert finished.stderr.count("train2.wav") == 1
+    assert finished.stderr.count(f"the audio header of {tmp_path / 'data' / 'eval0.wav'}") == 1
+
+
+def _with_empty_config(folder: Path) -> list[str]:
+    path = folder / "config.yaml"
+    path.write_text("seed: 0\n")
+    return [str(path)]
