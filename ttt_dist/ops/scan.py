@@ -1,7 +1,7 @@
 """The one driver of the inner loop: any inner depth, any length, any offset of every lane.
 
-Nothing here asks the device for a value, so a scan never waits for it and can be captured in a
-CUDA graph. Lengths, offsets and completed mini-batches are int64 tensors on the device:
+Nothing here asks the device for a value, so the host never waits for it, and shapes depend on
+shapes alone. Lengths, offsets and completed mini-batches are tensors on the device:
 
 * Lanes that stand at different offsets are shifted right by their offset into one *layout* of
   positions, where mini-batch m is `[m C, (m + 1) C)` in every lane. Positions without a frame have
@@ -13,6 +13,7 @@ CUDA graph. Lengths, offsets and completed mini-batches are int64 tensors on the
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +77,17 @@ def scan(
     )
     loop = _Loop(mini_batch_size, causal, inner_eps, checkpoint_group_size or 0)
     # The op decides itself what runs in which dtype: autocast would take the state to bf16.
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         dtype = compute_dtype(q.dtype)
         gamma, beta = (t.to(dtype).unsqueeze(-2) for t in (ln_weight, ln_bias))  # [H, 1, d]
         return _scan(loop, q, k, v, eta.to(dtype), gamma, beta, state)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    # The meta device, for one, has no autocast to switch off.
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def real_lengths(eta: Tensor) -> Tensor:

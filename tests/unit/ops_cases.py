@@ -1,0 +1,95 @@
+"""Random inputs for the op tests."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ttt_dist.ops import linear_state, mlp_state, ttt_linear, ttt_mlp
+
+OPS = {"mlp": ttt_mlp, "linear": ttt_linear}
+FRAMES = ("q", "k", "v", "eta")
+
+
+@dataclass
+class Case:
+    """Leaves of a random problem; `x` holds frames, norms and initial weights by name."""
+
+    inner: str
+    x: dict[str, torch.Tensor]
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def batch_size(self):
+        return self.x["q"].shape[0]
+
+    @property
+    def length(self):
+        return self.x["q"].shape[2]
+
+    def fresh(self):
+        weights = [self.x[n] for n in ("W1", "b1", "W2", "b2") if n in self.x]
+        return (mlp_state if self.inner == "mlp" else linear_state)(*weights, self.batch_size)
+
+    def run(self, state, start=0, stop=None, op=None, **settings):
+        """Frames `[start, stop)` of every lane."""
+        frames = [self.x[n][:, :, start:stop] for n in FRAMES]
+        norms = (self.x["ln_weight"], self.x["ln_bias"])
+        op = op or OPS[self.inner]
+        return op(*frames, *norms, state, **(self.settings | settings))
+
+    def run_pieces(self, lengths, state=None, **settings):
+        state = state or self.fresh()
+        outs, start = [], 0
+        for n in lengths:
+            out, state = self.run(state, start, start + n, **settings)
+            outs.append(out)
+            start += n
+        assert start == self.length
+        return torch.cat(outs, dim=2), state
+
+
+def make_case(inner, B, H, L, d=6, C=4, *, seed=0, dtype=torch.float64, **settings):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+    x = {name: normal(B, H, L, d) for name in ("q", "k", "v")}
+    # Large enough that a few tokens change what the next one reads by tens of percent.
+    x["eta"] = (torch.rand(B, H, L, generator=g, dtype=torch.float64) / C).to(dtype)
+    x["ln_weight"] = 1 + normal(H, d, scale=0.2)
+    x["ln_bias"] = normal(H, d, scale=0.2)
+    h = 3 * d if inner == "mlp" else d
+    x["W1"], x["b1"] = normal(H, d, h, scale=0.4), normal(H, 1, h, scale=0.2)
+    if inner == "mlp":
+        x["W2"], x["b2"] = normal(H, h, d, scale=0.4), normal(H, 1, d, scale=0.2)
+    for t in x.values():
+        t.requires_grad_()
+    return Case(inner, x, {"mini_batch_size": C, **settings})
+
+
+def objective(out, state, seed=1):
+    """A random linear function of outputs and of all tensors of the returned state."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = [out, *state.weights, *state.pending]
+    return sum(
+        (t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype)).sum()
+        for t in tensors
+    )
+
+
+def gradients(value, tensors):
+    return dict(zip(tensors, torch.autograd.grad(value, list(tensors.values())), strict=True))
+
+
+def relative(found, expected):
+    assert found.shape == expected.shape
+    scale = expected.norm()
+    return ((found - expected).norm() / scale if scale > 0 else found.norm()).item()
+
+
+def state_errors(found, expected):
+    """Relative error by tensor; offsets must be equal."""
+    assert torch.equal(found.offset, expected.offset)
+    a, b = found.tensors(), expected.tensors()
+    return {n: relative(a[n], b[n]) for n in a if n != "offset"}
