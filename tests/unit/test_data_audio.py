@@ -33,27 +33,38 @@ from ttt_dist.data.interleave import (
 from ttt_dist.data.manifest import DataError
 
 
+@pytest.mark.parametrize("duration_sec", [2.0, 1.7])
 @pytest.mark.parametrize("rate", [16_000, 24_000, 44_100, 48_000])
-def test_pieces_are_the_samples_that_moshi_finetune_reads(tmp_path, rate):
+def test_pieces_are_the_samples_that_moshi_finetune_reads(tmp_path, rate, duration_sec):
     path = tmp_path / "a.wav"
     write_wav(path, stereo(5.3, rate=rate), rate)
     manifest = tmp_path / "a.jsonl"
     manifest.write_text(json.dumps({"path": "a.wav", "duration": 5.3}) + "\n")
     reader = sphn.dataset_jsonl(
-        str(manifest), duration_sec=2.0, num_threads=1, sample_rate=24_000, pad_last_segment=True
+        str(manifest),
+        duration_sec=duration_sec,
+        num_threads=1,
+        sample_rate=24_000,
+        pad_last_segment=True,
     )
     expected = [
         (sample["start_time_sec"], sample["data"][..., : sample["unpadded_len"]])
         for sample in reader.seq()
     ]
-    found = list(StereoFile(path).pieces(2.0))
-    assert [start for start, _ in found] == [start for start, _ in expected] == [0.0, 2.0, 4.0]
+    found = list(StereoFile(path).pieces(duration_sec))
+    assert [start for start, _ in found] == [start for start, _ in expected]
+    assert len(found) == math.ceil(5.3 / duration_sec)
     for (_, samples), (_, theirs) in zip(found, expected, strict=True):
-        # Where it resamples, their reader leaves the last block's padding on; frames past the
-        # piece's end are cut off after encoding.
-        assert samples.shape[1] <= theirs.shape[1]
+        # Where it resamples, their reader leaves the last block's padding on whole pieces; frames
+        # past the piece's end are cut off after encoding.
         assert np.array_equal(samples, theirs[:, : samples.shape[1]])
-    assert [valid_frames(samples, 25) for _, samples in found] == [25, 25, 17]  # 1.3 s: 16.25
+    assert found[-1][1].shape == expected[-1][1].shape
+    frames = math.ceil(duration_sec * 12.5)
+    rest = {2.0: 17, 1.7: 3}[duration_sec]  # 1.3 s: 16.25 frames; 0.2 s: 2.5 frames
+    assert [valid_frames(samples, frames) for _, samples in found] == [
+        *[frames] * (len(found) - 1),
+        rest,
+    ]
 
 
 def test_formats_without_exact_seek_are_cut_in_memory(tmp_path, monkeypatch):

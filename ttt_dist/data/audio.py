@@ -70,7 +70,7 @@ class StereoFile:
             )
         if self.sample_rate == SAMPLE_RATE or native.shape[1] == 0:
             return native
-        wanted = math.ceil(native.shape[1] * SAMPLE_RATE / self.sample_rate)
+        wanted = native.shape[1] * SAMPLE_RATE // self.sample_rate
         # The resampler works in blocks and returns up to one more than the audio's length.
         native = np.ascontiguousarray(native)
         return sphn.resample(native, self.sample_rate, SAMPLE_RATE)[:, :wanted]
@@ -78,7 +78,8 @@ class StereoFile:
     def pieces(self, duration_sec: float) -> Iterator[tuple[float, np.ndarray]]:
         """Consecutive pieces as (start in seconds, samples `[2, n]`); the last may be short."""
         for index in range(math.ceil(self.duration / duration_sec)):
-            start = index * duration_sec
+            # moshi-finetune's reader rounds starts to float32, which moves a border by a sample.
+            start = float(np.float32(index * duration_sec))
             samples = self.read(start, duration_sec)
             if samples.shape[1] > 0:
                 yield start, samples
