@@ -22,16 +22,19 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import sphn
 import torch
 from moshi.models.loaders import _lm_kwargs, get_moshi_lm
 from safetensors.torch import save_file
 
 from launch.demo_codec import BINS, fit_mimi, mimi_config
+from launch.errors import EXIT_USER_ERROR
+from ttt_dist.data.audio import StereoFile
+from ttt_dist.data.manifest import DataError, Recording, all_recordings, read_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = ROOT / ".cache" / "demo-base"
@@ -39,7 +42,8 @@ DEMO_DATA = ROOT / "configs" / "demo"
 SEED = 0
 RECIPE = 1  # raise it when the same speech should give other files
 TEXT_CARD = 224
-SAMPLE_RATE = 24_000
+_WAIT_SEC = 300  # many times what making it takes, on a busy node
+WAIT_SECONDS = 300.0
 _REQUIRED_CHARS = (
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"-()"  # any English text
 )
@@ -74,32 +78,27 @@ def lm_config() -> dict[str, Any]:
     }
 
 
-def train_manifest(data: Path) -> list[Path]:
-    """Audio files of `data`/train.jsonl. Raises DemoBaseError when the demo data are not there."""
+def read_train(data: Path) -> list[Recording]:
+    """The recordings of `data`/train.jsonl, headers checked; raises DemoBaseError."""
     manifest = data / "train.jsonl"
-    if not manifest.is_file():
+    try:
+        return all_recordings(read_sources(str(manifest), field="demo speech"))
+    except DataError as error:
         raise DemoBaseError(
-            f"{manifest} is not there; the demo's base is fitted to the demo speech, which comes "
-            "with the repository (`git checkout -- configs/demo` brings it back)."
-        )
-    entries = [json.loads(line) for line in manifest.read_text().splitlines() if line.strip()]
-    paths = [data / entry["path"] for entry in entries]
-    files = [*paths, *(path.with_suffix(".json") for path in paths)]
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise DemoBaseError(f"{manifest} needs files that are not there: {', '.join(missing)}.")
-    return paths
+            f"{error}\nThe demo's base is fitted to the demo speech, which comes with the "
+            "repository (`git checkout -- configs/demo` brings it back)."
+        ) from error
 
 
-def train_tokenizer(audio: list[Path]) -> bytes:
+def train_tokenizer(recordings: Sequence[Recording]) -> bytes:
     """A sentencepiece model of TEXT_CARD pieces from what both speakers say in the recordings.
 
     Ids as in Kyutai's tokenizers: 0 unknown (Moshi's end of padding), 1 and 2 sentence start and
     end, 3 padding.
     """
     lines = []
-    for path in audio:
-        alignments = json.loads(path.with_suffix(".json").read_text())["alignments"]
+    for recording in recordings:
+        alignments = json.loads(recording.alignments_path.read_text())["alignments"]
         for speaker in ("SPEAKER_MAIN", "SPEAKER_OTHER"):
             lines.append(" ".join(word for word, _, who in alignments if who == speaker))
     model = io.BytesIO()
@@ -119,12 +118,13 @@ def train_tokenizer(audio: list[Path]) -> bytes:
     return model.getvalue()
 
 
-def signature(data: Path, audio: list[Path]) -> str:
+def signature(recordings: Sequence[Recording]) -> str:
     """SHA-256 of what the base is made from: RECIPE, SEED, both configurations, the demo files."""
     recipe = json.dumps([RECIPE, SEED, lm_config(), mimi_config()])
     digest = hashlib.sha256(recipe.encode())
-    for path in (data / "train.jsonl", *audio, *(path.with_suffix(".json") for path in audio)):
-        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    for recording in recordings:
+        for path in (recording.path, recording.alignments_path):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -162,59 +162,94 @@ def make_demo_base(out: Path = DEFAULT_OUT, data: Path = DEMO_DATA) -> bool:
     The folder appears complete or not at all (written beside `out`, then renamed).
 
     Raises:
-        DemoBaseError: the demo speech is missing, or `out` is something else.
+        DemoBaseError: the demo speech cannot be used, `out` is something else or not writable.
     """
-    audio = train_manifest(data)
-    sig = signature(data, audio)
+    recordings = read_train(data)
+    sig = signature(recordings)
     if is_made(out, sig):
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
-        _write(folder, audio, sig)
-        try:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+            folder = Path(temporary) / out.name
+            folder.mkdir()
+            _write(folder, recordings, sig)
             folder.rename(out)
-        except OSError:  # another process was faster
-            if is_made(out, sig):
-                return False
-            raise
+    except OSError as error:
+        if is_made(out, sig):  # another process was faster
+            return False
+        raise DemoBaseError(f"{out} cannot be written: {error}") from error
     return True
 
 
-def _write(folder: Path, audio: list[Path], sig: str) -> None:
+def _write(folder: Path, recordings: Sequence[Recording], sig: str) -> None:
     lm = lm_config()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        moshi = get_moshi_lm(None, lm, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small shapes: more threads only wait for each other
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            moshi = get_moshi_lm(None, lm, dtype=torch.float32)
+        files = [StereoFile(recording.path) for recording in recordings]
+        audio = [torch.from_numpy(file.read(0.0, file.duration)) for file in files]
+        mimi = fit_mimi(audio, SEED)
+    finally:
+        torch.set_num_threads(threads)
     save_file(moshi.state_dict(), folder / FILES["moshi_name"])
-    recordings = [
-        torch.from_numpy(sphn.read(str(path), sample_rate=SAMPLE_RATE)[0]) for path in audio
-    ]
-    mimi = fit_mimi(recordings, SEED)
     save_file(mimi.state_dict(), folder / FILES["mimi_name"])
     (folder / FILES["mimi_config_name"]).write_text(json.dumps(mimi_config(), indent=2) + "\n")
-    (folder / FILES["tokenizer_name"]).write_bytes(train_tokenizer(audio))
+    (folder / FILES["tokenizer_name"]).write_bytes(train_tokenizer(recordings))
     trace = {"sig": sig, "epoch": 0}  # moshi passes over `model_id`; `is_made` compares it
     config = {**lm, **FILES, "model_type": "moshi", "model_id": trace}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def ensure_demo_base(hf_repo_id: str | None, *, local_rank: int) -> None:
+    """Make the default base where a run names it and it isn't there yet; else do nothing.
+
+    For every rank to call before anything reads the base: the first rank of a node makes it, the
+    node's others wait for the finished folder.
+
+    Args:
+        hf_repo_id: the run's `moshi_paths.hf_repo_id`.
+        local_rank: this process's number on its node.
+
+    Raises:
+        DemoBaseError: the base cannot be made, or did not appear in time.
+    """
+    if hf_repo_id is None or Path(hf_repo_id) != DEFAULT_OUT:
+        return
+    if local_rank == 0:
+        _make_and_tell(DEFAULT_OUT, tell_when_there=False)
+        return
+    sig = signature(read_train(DEMO_DATA))
+    deadline = time.monotonic() + _WAIT_SEC
+    while not is_made(DEFAULT_OUT, sig):
+        if time.monotonic() > deadline:
+            raise DemoBaseError(
+                f"{DEFAULT_OUT} did not appear within {_WAIT_SEC} s; "
+                "make it first: `python -m launch.make_demo_base`"
+            )
+        time.sleep(0.2)
+
+
+def _make_and_tell(out: Path, *, tell_when_there: bool) -> None:
+    started = time.monotonic()
+    if make_demo_base(out):
+        print(f"demo base checkpoint: {out} (made in {time.monotonic() - started:.0f} s)")
+    elif tell_when_there:
+        print(f"demo base checkpoint: {out} (already there)")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the demo's tiny base checkpoint.")
     parser.add_argument("out", type=Path, nargs="?", default=DEFAULT_OUT, help="folder to write")
     options = parser.parse_args(arguments)
-    started = time.monotonic()
-    torch.set_num_threads(1)  # small shapes: more threads only wait for each other
     try:
-        made = make_demo_base(options.out)
-    except (DemoBaseError, OSError) as error:
+        _make_and_tell(options.out, tell_when_there=True)
+    except DemoBaseError as error:
         print(f"make_demo_base: {error}", file=sys.stderr)
-        return 2
-    if made:
-        print(f"demo base checkpoint: {options.out} ({time.monotonic() - started:.0f} s)")
-    else:
-        print(f"demo base checkpoint: {options.out} (already there)")
+        return EXIT_USER_ERROR
     return 0
 
 

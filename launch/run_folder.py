@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -252,3 +253,39 @@ def versions() -> dict[str, str | None]:
             found[package] = None
     found["cuda"] = torch.version.cuda
     return found
+
+
+class RunStatus:
+    """Keeps `status.json` true: running inside the context, then finished, or failed and why.
+
+    Args:
+        folder: the run's.
+        rank: rank 0 alone writes.
+
+    Attributes:
+        step: steps done; set it after each.
+    """
+
+    def __init__(self, folder: RunFolder, rank: int) -> None:
+        self._folder = folder
+        self._writes = rank == 0
+        self.step = 0
+
+    def __enter__(self) -> "RunStatus":
+        self._write("running")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._write("finished")
+        else:
+            self._write("failed", f"{kind.__name__}: {error}")
+
+    def _write(self, state: State, reason: str = "") -> None:
+        if self._writes:
+            self._folder.write_status(state, self.step, reason)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
+from parallel.mesh import from_first_rank
+
 _STEP_FOLDER = re.compile(r"step-(\d{6,})$")
 _PROGRESS_FILE = "progress.json"
 
@@ -79,7 +81,7 @@ def save_checkpoint(
     target = folder / f"step-{step:06d}"
     if target.exists():
         raise CheckpointError(f"{target} exists; a checkpoint is never written over")
-    token = _from_first_rank(uuid.uuid4().hex[:8])
+    token = from_first_rank(uuid.uuid4().hex[:8])
     partial = folder / f".saving-step-{step:06d}-{token}"
     progress = Progress(
         step=step,
@@ -189,12 +191,6 @@ def _ranks(layout: dict[str, int]) -> int:
     for size in layout.values():
         ranks *= size
     return ranks
-
-
-def _from_first_rank(value: str) -> str:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _sync_files(folder: Path) -> None:

@@ -26,20 +26,6 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def device_name(device: torch.device) -> str:
-    """What the device calls itself, e.g. `"NVIDIA H200"` or `"cpu"`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most device memory allocated at once since the start; on a CPU the process's peak RSS."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource  # Unix only, as are the gloo jobs that need it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
 def _use_cpu_in_torchtitan() -> None:
     """Give torchtitan the CPU as its device, with the calls of an accelerator that it makes."""
     # `ParallelDims` gives axes of size 1 the fake backend, which registers itself on import.

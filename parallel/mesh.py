@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.distributed import ParallelDims
 
-from parallel.device import device_type, local_device  # before torchtitan's other modules
-
-from torchtitan.distributed import ParallelDims  # isort: skip
+from parallel.device import device_type, local_device
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,27 @@ class Mesh:
 
 
 def init_process_group(timeout: timedelta) -> None:
-    """Join the job's process group (torchrun's environment): NCCL on GPUs, gloo on CPUs.
+    """Join the job's process group: torchrun's, or one of this process alone without torchrun.
 
-    GPU jobs get gloo for CPU tensors beside NCCL: checkpoints are planned over it.
+    NCCL on GPUs, gloo on CPUs. GPU jobs get gloo for CPU tensors too: checkpoints are planned over
+    it.
     """
     device = local_device()
+    settings: dict[str, Any] = {"timeout": timeout}
+    if "RANK" not in os.environ:
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout, device_id=device)
+        dist.init_process_group("cuda:nccl,cpu:gloo", device_id=device, **settings)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **settings)
+
+
+def from_first_rank(value: str) -> str:
+    """Rank 0's `value`, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def build_mesh(layout: Layout) -> Mesh:
@@ -107,8 +119,10 @@ def _fsdp_tp_mesh(dims: ParallelDims) -> DeviceMesh:
     """(`dp_replicate`,) `fsdp x tp` as one axis."""
     if not dims.tp_enabled:
         return _fsdp_mesh(dims)
-    # ParallelDims knows no name for fsdp x tp; a mesh of the same ranks in the same order does.
-    shape = (dims.dp_replicate, dims.dp_shard * dims.tp)
-    ranks = torch.arange(dims.world_size).view(shape)
-    mesh = DeviceMesh(device_type(), ranks, mesh_dim_names=("dp_replicate", "fsdp_tp"))
-    return mesh if dims.dp_replicate_enabled else mesh["fsdp_tp"]
+    # Flattened from ParallelDims' own mesh: DTensor then finds it and sums over both axes at once.
+    flat = dims.get_mesh(["fsdp", "tp"])._flatten("fsdp_tp")
+    if not dims.dp_replicate_enabled:
+        return flat
+    # A flattened axis cannot be sliced together with another; the same ranks in the same order can.
+    ranks = torch.arange(dims.world_size).view(dims.dp_replicate, flat.size())
+    return DeviceMesh(device_type(), ranks, mesh_dim_names=("dp_replicate", "fsdp_tp"))

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a process (small shapes, several ranks on few cores), no compiler."""
+"""Shared by all tests: one thread a process (several ranks on few cores), no compiler."""
 
 import os
 from pathlib import Path

@@ -59,13 +59,15 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
     Without TTT (`ttt` is None) it computes what Moshi's layer computes, and so it serves as the
     layer class of the whole model. `checkpoint_activations` recomputes the layer in the backward
     instead of keeping its activations; `parallel/activation.py` sets it. (A wrapper module would
-    change the parameters' names.)
+    change the parameters' names.) `skip_ttt` leaves the block out, for comparisons
+    (`build.without_ttt`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ttt: TTTBlock | None = None
         self.checkpoint_activations = False
+        self.skip_ttt = False
 
     def add_ttt(self, block: TTTBlock) -> None:
         """Put `block` between attention and feed-forward (before any streaming call)."""
@@ -102,7 +104,7 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
                 if cross_attention_src is None:
                     raise ValueError("this layer has cross-attention; give cross_attention_src")
                 x = self._cross_attention_block(x, cross_attention_src)
-            if self.ttt is not None:
+            if self.ttt is not None and not self.skip_ttt:
                 x = self.ttt(x)
             x = self._ff_block(x)
             state = self._streaming_state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -97,6 +98,11 @@ def lm_config_problems(lm_config: dict[str, Any]) -> list[str]:
     return problems
 
 
+def lm_settings(lm_config: dict[str, Any] | None) -> dict[str, Any]:
+    """A release's configuration of the language model; None means Moshi 7B's, as in moshi."""
+    return dict(MOSHI_7B_LM_CONFIG if lm_config is None else lm_config)
+
+
 def build_model(
     lm_config: dict[str, Any] | None,
     ttt: TTTPlacement | None,
@@ -116,7 +122,7 @@ def build_model(
     Raises:
         ValueError: the configuration holds something that is not supported.
     """
-    config = dict(MOSHI_7B_LM_CONFIG if lm_config is None else lm_config)
+    config = lm_settings(lm_config)
     problems = lm_config_problems(config)
     if problems:
         raise ValueError("; ".join(problems))
@@ -147,6 +153,30 @@ def depformer_layers(model: LMModel) -> list[HybridStreamingTransformerLayer]:
     if model.depformer is None:
         return []
     return cast("list[HybridStreamingTransformerLayer]", list(model.depformer.layers))
+
+
+def freeze_base(model: TTTMoshi, dtype: torch.dtype) -> None:
+    """Train TTT alone: Moshi's own parameters get no gradient and are kept in `dtype`.
+
+    Call it on the meta device, before the model is sharded.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_ttt_parameter(name):
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def without_ttt(model: LMModel) -> Iterator[None]:
+    """Inside, TTT blocks pass their input on, which is what a gate of α = 0 does."""
+    layers = [layer for layer in transformer_layers(model) if layer.ttt is not None]
+    for layer in layers:
+        layer.skip_ttt = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.skip_ttt = False
 
 
 def is_ttt_parameter(name: str) -> bool:

@@ -1,0 +1,182 @@
+"""From a checked configuration to data, model and the state of an earlier start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from moshi.models.loaders import CheckpointInfo
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
+from tqdm import tqdm
+
+from launch.config import TrainConfig
+from launch.errors import UserError
+from launch.preflight import build_ttt_config
+from launch.prepare import open_cache, read_splits
+from launch.run_folder import RunFolder
+from parallel.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from parallel.mesh import Mesh
+from parallel.parallelize import ParallelPlan, parallelize
+from ttt_dist.data.cache import CodesSpec
+from ttt_dist.data.dataset import PieceDataset, open_pieces
+from ttt_dist.data.encode import load_codec
+from ttt_dist.data.manifest import Recording, all_recordings
+from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.build import (
+    TTTPlacement,
+    build_model,
+    freeze_base,
+    is_ttt_parameter,
+    lm_settings,
+    select_layers,
+)
+from ttt_dist.moshi.context import (
+    check_attention_contexts,
+    describe_attention_contexts,
+    read_attention_contexts,
+    set_attention_contexts,
+)
+from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def say(line: str) -> None:
+    """Print a line of the start or the end of a run, once."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def open_data(
+    config: TrainConfig, release: CheckpointInfo, device: torch.device
+) -> dict[str, PieceDataset]:
+    """Pieces of `train` (and `eval`, where it is asked for), encoded where the cache lacks them.
+
+    All ranks call it together and encode a share each.
+    """
+    splits = read_splits(config, check_files=False)  # preflight has looked at the files
+    if not config.do_eval:
+        splits.pop("eval", None)
+    spec = CodesSpec.from_release(release, duration_sec=config.duration_sec)
+    cache = open_cache(config, splits, spec)
+    recordings = [r for sources in splits.values() for r in all_recordings(sources)]
+    with tqdm(
+        total=len(recordings), desc="audio to codes", unit="file", disable=dist.get_rank() != 0
+    ) as bar:
+
+        def encoded(_: Recording, __: bool) -> None:
+            bar.update(dist.get_world_size())
+
+        pieces = open_pieces(
+            splits,
+            cache,
+            lambda: load_codec(release, cache.spec, device),
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            wait=dist.barrier,
+            max_encode_sec=config.data.max_inline_encode_sec,
+            progress=encoded,
+        )
+    for name, dataset in pieces.items():
+        say(f"{name} data: {len(dataset)} pieces of {dataset.frames} frames, codes: {cache.folder}")
+    return pieces
+
+
+def make_model(
+    config: TrainConfig, release: CheckpointInfo, mesh: Mesh, device: torch.device
+) -> TTTMoshi:
+    """Build on the meta device, lay over the ranks, fill shard by shard; then report what is."""
+    master, compute = model_dtypes(config, device)
+    placement = ttt_placement(config, release)
+    model = build_model(release.lm_config, placement, dtype=master)
+    section = config.ttt
+    windows: dict[str, int | None] = {"ttt_context": None, "other_context": None}
+    if section.enable:
+        windows = {
+            "ttt_context": section.ttt_layer_context,
+            "other_context": section.non_ttt_layer_context,
+        }
+    set_attention_contexts(model, **windows)
+    if not config.full_finetuning:
+        freeze_base(model, compute)
+    parallelize(
+        model,
+        mesh,
+        ParallelPlan(
+            compute_dtype=compute,
+            reduce_dtype=torch.promote_types(compute, torch.float32),
+            activation_checkpointing=config.gradient_checkpointing,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+        ),
+    )
+    model.to_empty(device=device)
+    load_base_weights(model, Path(release.moshi_weights))
+    initialised = init_ttt_weights(model, config.seed)
+    model.train()
+
+    contexts = read_attention_contexts(model)
+    layers = placement.layers if placement is not None else ()
+    check_attention_contexts(contexts, ttt_layers=layers, **windows)
+    say(f"attention context: {describe_attention_contexts(contexts)}")
+    for kind, is_kind in (("TTT", True), ("Moshi", False)):
+        members = [p for n, p in model.named_parameters() if is_ttt_parameter(n) is is_kind]
+        trained = sum(p.numel() for p in members if p.requires_grad)
+        say(f"{kind} parameters: {sum(p.numel() for p in members):,}, trained: {trained:,}")
+    if section.enable and initialised == 0:
+        raise RuntimeError("TTT is enabled, but no TTT parameter was initialised")
+    say(f"compute in {str(compute).removeprefix('torch.')}, master weights in {str(master)[6:]}")
+    return model
+
+
+def ttt_placement(config: TrainConfig, release: CheckpointInfo) -> TTTPlacement | None:
+    """Where the configuration puts TTT; None where it is off."""
+    if not config.ttt.enable:
+        return None
+    lm_config = lm_settings(release.lm_config)
+    return TTTPlacement(
+        layer=build_ttt_config(config.ttt, lm_config),
+        layers=select_layers(config.ttt.layers, lm_config["num_layers"]),
+        initial_alpha=config.ttt.initial_gating_alpha,
+    )
+
+
+def model_dtypes(config: TrainConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of master weights (at least float32) and of computation."""
+    name = config.param_dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    compute = DTYPES[name]
+    return torch.promote_types(compute, torch.float32), compute
+
+
+def resume(
+    folder: RunFolder,
+    model: TTTMoshi,
+    optimizers: OptimizersContainer,
+    schedule: LRSchedulersContainer,
+    mesh: Mesh,
+) -> int:
+    """Load the newest checkpoint of the run and return the steps it has done.
+
+    Raises:
+        UserError: there is no checkpoint, or it was saved on another layout.
+    """
+    checkpoints = list_checkpoints(folder.checkpoints)
+    if not checkpoints:
+        raise UserError(
+            f"resume: {folder.checkpoints} holds no checkpoint (step-NNNNNN); start a new run in "
+            "another run_dir, without resume"
+        )
+    newest = checkpoints[-1]
+    saved: Progress = read_progress(newest)
+    if saved.layout != mesh.shape:
+        raise UserError(
+            f"resume: {newest} was saved on {saved.layout}, this job has {mesh.shape}; going on "
+            "with another layout isn't built yet: start the same number of ranks with the same "
+            "parallel section"
+        )
+    load_checkpoint(newest, model, optimizers, schedule)
+    say(f"resumed after step {saved.step} from {newest}")
+    return saved.step

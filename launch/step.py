@@ -1,0 +1,116 @@
+"""One training step and one evaluation, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from moshi.models.lm import LMOutput
+from torch import Tensor
+
+from parallel.mesh import Mesh
+from parallel.reduce import sum_over_data_ranks
+from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.loss import LossConfig, loss_weights, token_losses, weighted_mean
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """A step's loss, the mean over every sample of the step on all ranks (scalars on the device).
+
+    `total = text + audio` is what was differentiated.
+    """
+
+    total: Tensor
+    text: Tensor
+    audio: Tensor
+
+
+def accumulate_gradients(
+    model: TTTMoshi, microbatches: list[Tensor], config: LossConfig, mesh: Mesh
+) -> StepLoss:
+    """Forward and backward of this rank's share of a step; gradients end up complete and sharded.
+
+    Args:
+        microbatches: int `[B, K, T]` each, on the model's device.
+
+    The loss is divided by weights summed over all ranks and microbatches, so neither it nor the
+    gradients depend on how the samples were spread. FSDP2 averages gradients over data ranks where
+    the sum is wanted; the factor `dp_size` makes up for that. (tp ranks repeat Moshi's computation
+    and get equal gradients, for which FSDP2's average over them is right.)
+    """
+    weights = [loss_weights(codes, config) for codes in microbatches]
+    own = torch.stack(
+        [sum(w[kind].double().sum() for w in weights) for kind in (0, 1)]  # type: ignore[misc]
+    )
+    text_weight, audio_weight = sum_over_data_ranks(own, mesh.dp_group)
+    sums = torch.zeros(2, dtype=torch.float64, device=own.device)
+    for codes, (text_w, audio_w) in zip(microbatches, weights, strict=True):
+        output: LMOutput = model(codes)
+        text_ce, audio_ce = token_losses(output, codes)
+        text = weighted_mean((text_ce * text_w).sum(), text_weight)
+        audio = weighted_mean((audio_ce * audio_w).sum(), audio_weight)
+        ((text + audio) * mesh.dp_size).backward()
+        sums += torch.stack([text.detach(), audio.detach()]).double()
+    text, audio = sum_over_data_ranks(sums, mesh.dp_group)
+    return StepLoss(total=text + audio, text=text, audio=audio)
+
+
+@dataclass(frozen=True)
+class EvalLoss:
+    """Held-out losses: the training loss and its parts, means over all valid positions."""
+
+    loss: float
+    text_loss: float
+    audio_loss: float
+    text_loss_without_padding: float
+    audio_loss_by_codebook: list[float]
+
+    def as_metrics(self) -> dict[str, float]:
+        """Flat names for logging, `eval_loss`, `eval_audio_loss_1`, …"""
+        metrics = {
+            "eval_loss": self.loss,
+            "eval_text_loss": self.text_loss,
+            "eval_audio_loss": self.audio_loss,
+            "eval_text_loss_without_padding": self.text_loss_without_padding,
+        }
+        by_codebook = enumerate(self.audio_loss_by_codebook, start=1)
+        return metrics | {f"eval_audio_loss_{index}": loss for index, loss in by_codebook}
+
+
+@torch.no_grad()
+def evaluate(
+    model: TTTMoshi,
+    batches: Iterable[Tensor],
+    config: LossConfig,
+    mesh: Mesh,
+    device: torch.device,
+) -> EvalLoss:
+    """Mean losses over this and all other ranks' batches; all ranks give equally many.
+
+    Args:
+        batches: int `[B, K, T]` on the CPU; samples of -1 alone count for nothing.
+    """
+    parts = 2 + 1 + config.dep_q  # weighted text and audio, spoken text, every codebook
+    totals = torch.zeros(2, parts, dtype=torch.float64, device=device)  # sums, weights
+    for batch in batches:
+        codes = batch.to(device)
+        text_w, audio_w = (w.double() for w in loss_weights(codes, config))
+        text_ce, audio_ce = (ce.double() for ce in token_losses(model(codes), codes))
+        padding = torch.tensor(config.text_padding_ids, device=device)
+        spoken = ((codes[:, :1] >= 0) & ~torch.isin(codes[:, :1], padding)).double()
+        predicted = (audio_w > 0).double()
+        pairs = [(text_ce, text_w), (audio_ce, audio_w), (text_ce, spoken)]
+        pairs += [(audio_ce[:, k], predicted[:, k]) for k in range(config.dep_q)]
+        totals[0] += torch.stack([(ce * w).sum() for ce, w in pairs])
+        totals[1] += torch.stack([w.sum() for _, w in pairs])
+    sums, weights = sum_over_data_ranks(totals, mesh.dp_group)
+    text, audio, spoken_text, *codebooks = weighted_mean(sums, weights).tolist()
+    return EvalLoss(
+        loss=text + audio,
+        text_loss=text,
+        audio_loss=audio,
+        text_loss_without_padding=spoken_text,
+        audio_loss_by_codebook=codebooks,
+    )

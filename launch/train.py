@@ -1,0 +1,253 @@
+"""Train Moshi with TTT layers.
+
+    torchrun --nproc_per_node=8 launch/train.py [CONFIG] [key.path=value …]
+
+Without CONFIG it trains the embedded demo (`configs/demo.yaml`). Works from any folder, with or
+without torchrun, on GPUs and on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# torchrun puts this file's folder first on the path; the packages stand one above.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+
+from launch.config import (
+    describe_keys,
+    parse_command_line,
+    read_config,
+    resolve_global_batch_size,
+    resolve_run_dir,
+    utc_timestamp,
+)
+from launch.errors import UserError, exit_with
+from launch.make_demo_base import DemoBaseError, ensure_demo_base
+from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib
+from launch.optim import build_optimizers, build_schedule
+from launch.plots import plot_losses
+from launch.preflight import Start, check_start, run_warnings
+from launch.profiling import open_profiler
+from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
+from launch.setup import make_model, open_data, resume, say
+from launch.step import accumulate_gradients, evaluate
+from launch.wandb_log import start_wandb
+from parallel.checkpoint import CheckpointError, save_checkpoint
+from parallel.device import device_type, local_device
+from parallel.mesh import Layout, build_mesh, from_first_rank, init_process_group
+from parallel.reduce import clip_gradients
+from ttt_dist.data.batches import StepBatches, eval_batches
+from ttt_dist.data.dataset import GlobalOrder
+from ttt_dist.data.manifest import DataError
+from ttt_dist.moshi.build import without_ttt
+from ttt_dist.moshi.flops import flops_per_frame
+from ttt_dist.moshi.loss import LossConfig
+from ttt_dist.moshi.release import ReleaseError
+
+# While train.py encodes audio by itself, ranks that are done wait in a collective.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+
+
+def train(start: Start) -> None:
+    """The whole run, from the process group to the last line."""
+    config = start.config
+
+    # 1. Ranks: process group, mesh, what one step consumes.
+    init_process_group(COLLECTIVE_TIMEOUT)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = local_device()
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
+    axes = config.parallel
+    mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp))
+    global_batch_size, _ = resolve_global_batch_size(config, mesh.dp_size)
+    config = config.model_copy(update={"global_batch_size": global_batch_size})
+    config = resolve_run_dir(config, from_first_rank(utc_timestamp()))
+
+    # 2. Run folder: written by rank 0 once every rank has come this far.
+    hosts: list[dict[str, Any]] = [{}] * world_size
+    dist.all_gather_object(hosts, host_facts(rank, device))
+    folder = RunFolder(Path(config.run_dir))
+    if rank == 0:
+        folder = create_run_folder(config, world_size=world_size, hosts=hosts)
+    say(f"run folder: {folder.path}")
+    say("mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    say(f"a step: {global_batch_size} pieces of {config.duration_sec:g} s")
+    for warning in run_warnings(config):
+        say(f"warning: {warning}")
+
+    with RunStatus(folder, rank) as status:
+        # 3. Data: audio to codes where they are not cached, pieces in their global order.
+        pieces = open_data(config, start.release, device)
+        train_pieces, eval_pieces = pieces["train"], pieces.get("eval")
+        order = GlobalOrder(
+            train_pieces.source_sizes,
+            train_pieces.weights,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        )
+
+        # 4. Model: on the meta device, laid over the ranks, filled shard by shard.
+        model = make_model(config, start.release, mesh, device)
+        loss_config = LossConfig.of_model(
+            model,
+            text_padding_weight=config.text_padding_weight,
+            first_codebook_weight_multiplier=config.first_codebook_weight_multiplier,
+        )
+
+        # 5. Optimizer, schedule, and where an earlier start of this run left off.
+        optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
+        schedule = build_schedule(optimizers, config.optim, config.max_steps)
+        if config.resume:
+            status.step = resume(folder, model, optimizers, schedule, mesh)
+        first_step = status.step
+
+        logger = None
+        if rank == 0:
+            logger = MetricsLogger(
+                folder,
+                max_steps=config.max_steps,
+                world_size=world_size,
+                first_step=first_step,
+                flops_per_frame=flops_per_frame(model, train_pieces.frames),
+                peak_flops=peak_flops(device),
+                tensorboard=config.tensorboard,
+                wandb=start_wandb(config, folder.path),
+            )
+
+        def held_out_losses() -> dict[str, float]:
+            assert eval_pieces is not None
+            batches = eval_batches(
+                eval_pieces,
+                batch_size=config.batch_size,
+                dp_rank=mesh.dp_rank,
+                dp_size=mesh.dp_size,
+                limit=config.eval_batches and config.eval_batches * global_batch_size,
+            )
+            return evaluate(model, batches, loss_config, mesh, device).as_metrics()
+
+        def run_evaluation(step: int) -> None:
+            values = held_out_losses()
+            if step == config.max_steps and config.ttt.enable:
+                # What the trained TTT layers contribute: the same data with their gates at zero.
+                with without_ttt(model):
+                    values["eval_loss_without_ttt"] = held_out_losses()["eval_loss"]
+            if logger is not None:
+                logger.log_eval(step, values)
+
+        def save(step: int) -> None:
+            path = save_checkpoint(
+                folder.checkpoints,
+                model,
+                optimizers,
+                schedule,
+                step=step,
+                global_batch_size=global_batch_size,
+                layout=mesh.shape,
+                keep=config.num_ckpt_keep,
+            )
+            if logger is not None:
+                logger.say(f"checkpoint: {path}")
+
+        def is_due(step: int, frequency: int) -> bool:
+            return step == config.max_steps or (frequency > 0 and step % frequency == 0)
+
+        # 6. The loop.
+        if eval_pieces is not None and first_step == 0:
+            run_evaluation(0)
+        with (
+            StepBatches(
+                train_pieces,
+                order,
+                global_batch_size=global_batch_size,
+                batch_size=config.batch_size,
+                dp_rank=mesh.dp_rank,
+                dp_size=mesh.dp_size,
+                start_step=first_step,
+                prefetch=config.data.prefetch,
+            ) as batches,
+            open_profiler(config.profile, folder.profile, rank) as profiler,
+        ):
+            for step in range(first_step + 1, config.max_steps + 1):
+                microbatches = [codes.to(device) for codes in next(batches)]
+                loss = accumulate_gradients(model, microbatches, loss_config, mesh)
+                grad_norm = clip_gradients(model.parameters(), config.max_norm)
+                if not (grad_norm.isfinite() and loss.total.isfinite()):
+                    # Both are sums over all ranks, so all ranks stop here together.
+                    raise FloatingPointError(
+                        f"step {step}: loss {loss.total.item()}, gradient norm "
+                        f"{grad_norm.item()}; stopped before they reached the weights"
+                    )
+                lr = max(group["lr"] for group in optimizers.optimizers[0].param_groups)
+                optimizers.step()
+                schedule.step()
+                optimizers.zero_grad()
+                status.step = step
+                profiler.step()
+                if logger is not None:
+                    logger.after_step(frames=global_batch_size * train_pieces.frames)
+                    if is_due(step, config.log_freq):
+                        logger.log_step(
+                            step,
+                            loss=loss.total.item(),
+                            text_loss=loss.text.item(),
+                            audio_loss=loss.audio.item(),
+                            grad_norm=grad_norm.item(),
+                            lr=lr,
+                            peak_memory_gib=peak_memory_gib(device),
+                        )
+                with logger.pause() if logger is not None else nullcontext():
+                    if eval_pieces is not None and is_due(step, config.eval_freq):
+                        run_evaluation(step)
+                    if config.do_ckpt and is_due(step, config.ckpt_freq):
+                        save(step)
+
+        # 7. The end: what the run left, and what to do next.
+        if logger is not None:
+            logger.close()
+            plot_losses(folder.metrics, folder.loss_curve)
+    say(f"\nrun folder: {folder.path}\nloss curve: {folder.loss_curve}")
+    say(f"next: tensorboard --logdir {folder.path.parent}")
+    dist.destroy_process_group()
+
+
+def main(arguments: list[str]) -> None:
+    """Check everything a person may have mistaken, then train."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nKeys:\n{describe_keys()}")
+        return
+    # The losses are views of FSDP2's outputs and nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    try:
+        named = read_config(*parse_command_line(arguments)).config.moshi_paths.hf_repo_id
+        ensure_demo_base(named, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+        start = check_start(
+            arguments,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            rank=int(os.environ.get("RANK", "0")),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+        if start.config.device == "cpu" and device_type() != "cpu":
+            # Libraries choose their device when they are imported, so start over without GPUs.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            os.execv(sys.executable, [sys.executable, *sys.argv])
+        train(start)
+    except UserError as error:
+        exit_with(error)
+    except DataError as error:
+        exit_with(UserError(error.problems))
+    except (ReleaseError, CheckpointError, DemoBaseError) as error:
+        exit_with(UserError(str(error)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

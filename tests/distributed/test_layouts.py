@@ -1,0 +1,105 @@
+"""Every layout trains the model that one process trains (gloo ranks; see worker.py).
+
+Tolerances (DESIGN.md, Numbers): whole models in float64 agree to 1e-6, since Moshi's norms and RoPE
+compute in float32 whatever the model's dtype; in float32, loss and first-step gradients to 1e-5,
+the rounding of sums in another order. Parameters after Adam steps are no test in float32: noise
+over near-zero gradients is amplified.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).parent / "worker.py"
+LAYOUTS = [
+    (2, "fsdp 2"),
+    (2, "tp 2"),
+    (2, "replicate 2"),
+    (4, "tp 2 x fsdp 2"),
+    (4, "tp 4"),
+    (4, "replicate 2 x tp 2"),
+]
+TP_LAYOUTS = [layout for layout in LAYOUTS if "tp" in layout[1].replace("fsdp", "")]
+TOLERANCE = {"float64": 1e-6, "float32": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """`measured(world_size)`: that world's results; one job a world, started when first asked."""
+    done = {}
+
+    def measure(world_size):
+        if world_size not in done:
+            folder = tmp_path_factory.mktemp(f"world{world_size}")
+            results = folder / "results.json"
+            job = run_ranks(world_size, WORKER, [str(results), str(folder)], timeout=240)
+            assert job.returncode == 0, job.stdout + job.stderr
+            done[world_size] = json.loads(results.read_text())
+        return done[world_size]
+
+    return measure
+
+
+def check_training(found, dtype):
+    assert found["same_names"]
+    assert found["start"][0] == 0, found["start"]  # the same initial values, bit for bit
+    assert found["trained"]
+    assert found["finite"]
+    tolerance = TOLERANCE[dtype]
+    for step, (sharded, plain) in enumerate(found["losses"]):
+        if dtype == "float64" or step == 0:
+            assert sharded == pytest.approx(plain, rel=tolerance), step
+    assert found["gradients"][0] < tolerance, found["gradients"]
+    assert found["norms"][0] == pytest.approx(found["norms"][1], rel=tolerance)
+    if dtype == "float64":
+        assert found["parameters"][0] < tolerance, found["parameters"]
+
+
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_layout_trains_the_same_model(measured, world_size, layout, dtype):
+    found = measured(world_size)[f"{dtype} {layout}"]
+    check_training(found, dtype)
+    assert found["untrained"] == []
+    assert found["contexts"] == [[False, 7], [True, 5], [True, 5], [False, 7]]
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(2, "tp 2"), (4, "tp 2 x fsdp 2")])
+@pytest.mark.parametrize("kind", ["linear", "frozen"])
+def test_ttt_linear_and_frozen_backbone(measured, world_size, layout, kind):
+    found = measured(world_size)[f"{kind} {layout}"]
+    check_training(found, "float64")
+    if kind == "frozen":
+        assert found["untrained"]
+        assert not any(".ttt." in name for name in found["untrained"])
+
+
+@pytest.mark.parametrize(("world_size", "layout"), TP_LAYOUTS)
+def test_placement_words_and_sharded_norm(measured, world_size, layout):
+    found = measured(world_size)[f"placement {layout}"]
+    assert found["placed_values"]
+    assert found["placed_shape"]
+    assert found["round_trip_gradient"]
+    assert "(3, 1)" in found["wrong_shape"]
+    ranks = 4 if layout == "tp 4" else 2
+    total = sum(range(1, ranks + 1))
+    assert found["partial_gradient"] == [total, total]
+    # A mean of 1e4 beside a spread of 1 costs float32 four of its seven digits on one device too.
+    norm = found["norm"]
+    for name in ("output", "input gradient"):
+        assert norm[name] < max(2 * norm[f"one device's {name}"], 1e-5), norm
+    assert norm["weight gradient"] < 1e-3
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("direction", ["reshard", "reshard back"])
+def test_checkpoint_of_another_layout_loads_bitwise(measured, world_size, direction):
+    found = measured(world_size)[direction]
+    assert found["progress"] == [1, 4]
+    assert found["same_names"]
+    assert found["moments"] > 100
+    assert found["different"] == []

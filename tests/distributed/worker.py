@@ -1,0 +1,291 @@
+"""All cases of one world size in one job; rank 0 writes what it measured as JSON.
+
+    torchrun --nproc_per_node N worker.py RESULTS.json WORK_FOLDER
+
+Each layout trains the tiny model beside the unsharded one (plain tensors, plain AdamW, all samples
+in one batch) and measures the differences; the tests judge them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+import tiny
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from launch.optim import build_optimizers, build_schedule
+from launch.schema import OptimConfig
+from launch.step import StepLoss, accumulate_gradients
+from parallel.checkpoint import load_checkpoint, save_checkpoint
+from parallel.mesh import Layout, Mesh, build_mesh, init_process_group
+from parallel.parallelize import ParallelPlan, parallelize
+from parallel.reduce import clip_gradients
+from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.build import build_model, is_ttt_parameter
+from ttt_dist.moshi.context import read_attention_contexts, set_attention_contexts
+from ttt_dist.moshi.loss import LossConfig
+from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
+from ttt_dist.norm import ShardedLayerNorm
+from ttt_dist.placement import PARTIAL, place_into, to_local
+
+LAYOUTS: dict[int, dict[str, Layout]] = {
+    2: {"fsdp 2": Layout(tp=1), "tp 2": Layout(tp=2), "replicate 2": Layout(dp_replicate=2)},
+    4: {
+        "tp 2 x fsdp 2": Layout(tp=2),
+        "tp 4": Layout(tp=4),
+        "replicate 2 x tp 2": Layout(dp_replicate=2, tp=2),
+    },
+}
+SAMPLES, FRAMES, STEPS = 4, 29, 3  # 29 frames: three mini-batches of 8 and a remainder of 5
+OPTIM = OptimConfig(lr=1e-3, ttt_lr=3e-3, pct_start=0.0, final_lr_fraction=1.0)
+
+
+class OneRank:
+    """The data axis of the unsharded run."""
+
+    dp_size = 1
+    dp_group = None
+
+
+def make_model(
+    weights: Path, dtype: torch.dtype, mesh: Mesh | None, inner_model: str, frozen: bool
+) -> TTTMoshi:
+    model = build_model(tiny.LM_CONFIG, tiny.ttt_placement(inner_model), dtype=dtype)
+    set_attention_contexts(model, ttt_context=tiny.TTT_CONTEXT, other_context=tiny.OTHER_CONTEXT)
+    if frozen:
+        for name, value in model.named_parameters():
+            value.requires_grad_(is_ttt_parameter(name))
+    if mesh is not None:
+        plan = ParallelPlan(compute_dtype=dtype, reduce_dtype=dtype)
+        parallelize(model, mesh, plan)
+    model.to_empty(device="cpu")
+    load_base_weights(model, weights)
+    init_ttt_weights(model, seed=0)
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def relative_errors(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """‖a − b‖ / ‖b‖ by name; names whose expected value is zero are compared absolutely."""
+    errors = {}
+    for name, (found, expected) in pairs.items():
+        scale = expected.norm().item()
+        errors[name] = (whole(found) - expected).norm().item() / (scale if scale > 1e-12 else 1.0)
+    return errors
+
+
+def worst(errors: dict[str, float]) -> tuple[float, str]:
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
+
+
+def step_losses(loss: StepLoss) -> list[float]:
+    return [loss.total.item(), loss.text.item(), loss.audio.item()]
+
+
+def compare_training(
+    weights: Path, mesh: Mesh, dtype: torch.dtype, inner_model: str = "mlp", frozen: bool = False
+) -> dict[str, Any]:
+    """Train both models alike; differences of first-step gradients and of final parameters."""
+    plain = make_model(weights, dtype, None, inner_model, frozen)
+    model = make_model(weights, dtype, mesh, inner_model, frozen)
+    names = [name for name, _ in plain.named_parameters()]
+    same_names = names == [name for name, _ in model.named_parameters()]
+    references = dict(plain.named_parameters())
+    parameters = dict(model.named_parameters())
+    start = relative_errors({n: (parameters[n].detach(), references[n].detach()) for n in names})
+    config = LossConfig.of_model(
+        plain, text_padding_weight=0.5, first_codebook_weight_multiplier=3.0
+    )
+    plain_optimizer = torch.optim.AdamW(
+        [
+            {"params": [value], "lr": group["lr"], "weight_decay": group["weight_decay"]}
+            for group in build_optimizers(plain, OPTIM, fused=False).optimizers[0].param_groups
+            for value in group["params"]
+        ],
+        betas=OPTIM.betas,
+        eps=OPTIM.eps,
+        foreach=False,
+    )
+    optimizers = build_optimizers(model, OPTIM, fused=False)
+    result: dict[str, Any] = {"same_names": same_names, "start": worst(start), "losses": []}
+    result["contexts"] = read_attention_contexts(model)
+    for step in range(STEPS):
+        codes = tiny.random_codes(SAMPLES, FRAMES, seed=step)
+        own = list(codes.chunk(mesh.dp_size)[mesh.dp_rank].split(1))
+        plain_optimizer.zero_grad()
+        optimizers.zero_grad()
+        expected = accumulate_gradients(plain, [codes], config, OneRank())  # type: ignore[arg-type]
+        found = accumulate_gradients(model, own, config, mesh)
+        result["losses"].append([step_losses(found), step_losses(expected)])
+        if step == 0:
+            trained = [n for n in names if references[n].grad is not None]
+            result["trained"] = trained == [n for n in names if parameters[n].grad is not None]
+            result["untrained"] = [n for n in names if n not in trained]
+            result["gradients"] = worst(
+                relative_errors({n: (parameters[n].grad, references[n].grad) for n in trained})
+            )
+            result["finite"] = all(whole(parameters[n].grad).isfinite().all() for n in trained)
+            result["norms"] = [
+                clip_gradients(model.parameters(), 0.5).item(),
+                nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item(),
+            ]
+        else:
+            clip_gradients(model.parameters(), 0.5)
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizers.step()
+        plain_optimizer.step()
+    final = {n: (parameters[n].detach(), references[n].detach()) for n in names}
+    result["parameters"] = worst(relative_errors(final))
+    return result
+
+
+def placement_words(mesh: Mesh) -> dict[str, Any]:
+    """`to_local`, `place_into` and the sharded norm on the tp axis."""
+    assert mesh.tp is not None
+    axis = mesh.tp
+    rank, ranks = axis.get_local_rank(), axis.size()
+    like = DTensor.from_local(torch.zeros(3, 2), axis, [Shard(1)], run_check=False)  # [3, 2 ranks]
+    local = torch.randn(3, 2, requires_grad=True)
+    placed = place_into(local, like)
+    result: dict[str, Any] = {
+        "placed_values": torch.equal(placed.to_local(), local),
+        "placed_shape": list(placed.shape) == [3, 2 * ranks],
+    }
+    to_local(placed * 3.0, grad_placements=[Shard(1)]).sum().backward()
+    result["round_trip_gradient"] = torch.equal(local.grad, torch.full((3, 2), 3.0))
+    try:
+        place_into(torch.zeros(3, 1), like)
+        result["wrong_shape"] = "accepted"
+    except ValueError as error:
+        result["wrong_shape"] = str(error)
+    # A replicated tensor that each rank uses with a factor of its own: 1 + 2 + ... on every rank.
+    shared = torch.ones(2, requires_grad=True)
+    replicated = DTensor.from_local(shared, axis, [Replicate()], run_check=False)
+    (to_local(replicated, grad_placements=PARTIAL) * (rank + 1)).sum().backward()
+    result["partial_gradient"] = shared.grad.tolist()
+
+    # post_norm over all heads, where the mean is 1e4 times the spread.
+    torch.manual_seed(0)
+    size = 4 * ranks
+    norm = ShardedLayerNorm(size, eps=1e-6)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = torch.randn(2, 5, size) + 1e4
+    cotangent = torch.randn(2, 5, size)
+    exact = nn.LayerNorm(size, eps=1e-6).double()
+    exact.load_state_dict({k: v.double() for k, v in norm.state_dict().items()})
+    x_exact = x.double().requires_grad_()
+    y_exact = exact(x_exact)
+    y_exact.backward(cotangent.double())
+    x_plain = x.clone().requires_grad_()
+    y_plain = norm(x_plain)
+    y_plain.backward(cotangent)
+    own = slice(4 * rank, 4 * rank + 4)
+    for name in ("weight", "bias"):
+        full = getattr(norm, name).detach()
+        setattr(
+            norm,
+            name,
+            nn.Parameter(DTensor.from_local(full[own].clone(), axis, [Shard(0)], run_check=False)),
+        )
+    x_own = x[..., own].clone().requires_grad_()
+    y_own = norm(x_own)
+    y_own.backward(cotangent[..., own])
+
+    def error(found: Tensor, expected: Tensor) -> float:
+        return ((found.double() - expected).norm() / expected.norm()).item()
+
+    result["norm"] = {
+        "output": error(y_own, y_exact[..., own]),
+        "input gradient": error(x_own.grad, x_exact.grad[..., own]),
+        "weight gradient": error(norm.weight.grad.to_local(), exact.weight.grad[own]),
+        "one device's output": error(y_plain[..., own], y_exact[..., own]),
+        "one device's input gradient": error(x_plain.grad[..., own], x_exact.grad[..., own]),
+    }
+    return result
+
+
+def reshard_checkpoint(weights: Path, folder: Path, meshes: list[Mesh]) -> dict[str, Any]:
+    """Save after a step on one layout, load on another: parameters and moments, bit for bit."""
+    saved: dict[str, Tensor] = {}
+    result: dict[str, Any] = {}
+    for index, mesh in enumerate(meshes):
+        model = make_model(weights, torch.float32, mesh, "mlp", frozen=False)
+        optimizers = build_optimizers(model, OPTIM, fused=False)
+        schedule = build_schedule(optimizers, OPTIM, 10)
+        if index == 0:
+            config = LossConfig.of_model(
+                model, text_padding_weight=0.5, first_codebook_weight_multiplier=3.0
+            )
+            codes = tiny.random_codes(SAMPLES, FRAMES)
+            own = list(codes.chunk(mesh.dp_size)[mesh.dp_rank].split(1))
+            accumulate_gradients(model, own, config, mesh)
+            optimizers.step()
+            schedule.step()
+            path = save_checkpoint(
+                folder,
+                model,
+                optimizers,
+                schedule,
+                step=1,
+                global_batch_size=SAMPLES,
+                layout=mesh.shape,
+                keep=None,
+            )
+        else:
+            progress = load_checkpoint(path, model, optimizers, schedule)
+            result["progress"] = [progress.step, progress.global_batch_size]
+        state = {f"model.{k}": v for k, v in model.state_dict().items()}
+        state |= {k: v for k, v in optimizers.state_dict().items() if k.startswith("state.")}
+        full = {name: whole(value).clone() for name, value in state.items()}
+        if index == 0:
+            saved = full
+        else:
+            result["same_names"] = sorted(saved) == sorted(full)
+            result["different"] = [n for n, v in saved.items() if not torch.equal(v, full[n])]
+            result["moments"] = sum(n.endswith("exp_avg_sq") for n in full)
+    return result
+
+
+def main(results: Path, work: Path) -> None:
+    init_process_group(timedelta(seconds=120))
+    weights = work / f"tiny-{dist.get_world_size()}.safetensors"
+    if dist.get_rank() == 0:
+        tiny.save_release_weights(weights)
+    dist.barrier()
+    layouts = LAYOUTS[dist.get_world_size()]
+    meshes = {name: build_mesh(layout) for name, layout in layouts.items()}
+    found: dict[str, Any] = {}
+    for name, mesh in meshes.items():
+        found[f"float64 {name}"] = compare_training(weights, mesh, torch.float64)
+        found[f"float32 {name}"] = compare_training(weights, mesh, torch.float32)
+        if mesh.tp is not None:
+            found[f"placement {name}"] = placement_words(mesh)
+    last_name, last = list(meshes.items())[1 if dist.get_world_size() == 2 else 0]
+    found[f"linear {last_name}"] = compare_training(weights, last, torch.float64, "linear")
+    found[f"frozen {last_name}"] = compare_training(weights, last, torch.float64, frozen=True)
+    two = list(meshes.values())[:2]
+    found["reshard"] = reshard_checkpoint(weights, work / "there", two)
+    found["reshard back"] = reshard_checkpoint(weights, work / "back", two[::-1])
+    if dist.get_rank() == 0:
+        results.write_text(json.dumps(found, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

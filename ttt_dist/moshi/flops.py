@@ -1,0 +1,43 @@
+"""Arithmetic of one training frame, for model FLOPs utilisation."""
+
+from __future__ import annotations
+
+from moshi.models.lm import LMModel
+from torch import nn
+
+from ttt_dist.moshi.build import transformer_layers
+
+# State-sized products of a frame's inner step, forward. TTT.md counts 7 for TTT-MLP; TTT-Linear has
+# K W, Q W and the update.
+_MLP_PRODUCTS, _LINEAR_PRODUCTS = 7, 3
+
+
+def flops_per_frame(model: LMModel, frames: int) -> float:
+    """Floating-point operations of forward and backward for one frame of one sample.
+
+    Twice the weights of every matrix that a frame meets, attention over its window, and the inner
+    steps; the backward counts twice the forward. Recomputation is not counted, as usual for MFU.
+
+    Args:
+        model: on any device, sharded or not.
+        frames: `T` of a sample; attention sees `min(T, context)` at most, half of it on average
+            where the window is the whole sample.
+    """
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    weights = sum(
+        value.numel()
+        for name, value in model.named_parameters()
+        if value.ndim == 2 and id(value) not in embeddings and "ttt_norm" not in name
+    )
+    operations = 2.0 * weights
+    for layer in transformer_layers(model):
+        context = layer.self_attn.context
+        seen = (frames + 1) / 2 if context is None else min((frames + 1) / 2, context)
+        operations += 4 * model.dim * seen  # scores and values
+        if layer.ttt is not None:
+            inner = layer.ttt.layer
+            products = _MLP_PRODUCTS if inner.config.inner_model == "mlp" else _LINEAR_PRODUCTS
+            operations += 2 * products * inner.W1.numel()
+    return 3 * operations
