@@ -157,6 +157,14 @@ def _lying_offsets(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + size :])
 
 
+def _padded_header(path: Path) -> None:
+    """Right in every value, but with a header beyond the cap: nobody's codes need 17 kB of it."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + size].ljust(17_000)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + size :])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -168,6 +176,7 @@ def _lying_offsets(path: Path) -> None:
         _claim_a_huge_header,
         _other_shape,
         _lying_offsets,
+        _padded_header,
     ],
 )
 def test_damaged_codes_are_named_and_encoded_anew(tmp_path, caplog, damage):
