@@ -62,16 +62,16 @@ def prepare(config: TrainConfig, *, rank: int, world_size: int, device: torch.de
     spec = CodesSpec.from_release(info, duration_sec=config.duration_sec)
     cache = open_cache(config, splits, spec)
     recordings = [recording for sources in splits.values() for recording in all_recordings(sources)]
-    total = sum(recording.duration for recording in share_of(recordings, rank, world_size))
+    share = share_of(recordings, rank, world_size)
     with tqdm(
-        total=round(total),
-        unit="s",
+        total=sum(round(recording.duration) for recording in share),
         desc="encoding audio",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} s [{elapsed}<{remaining}]",
         disable=os.environ.get("LOCAL_RANK", "0") != "0",
     ) as bar:
 
         def advance(recording: Recording, _encoded: bool) -> None:
-            bar.update(recording.duration)
+            bar.update(round(recording.duration))
 
         report = encode_missing(
             recordings,
