@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ def make_model(
 ) -> TTTMoshi:
     """Build on the meta device, lay over the ranks, fill shard by shard; then report what is."""
     master, compute = model_dtypes(config, device)
-    placement = ttt_placement(config, release)
+    placement = ttt_placement(config, release.lm_config)
     model = build_model(release.lm_config, placement, dtype=master)
     section = config.ttt
     windows: dict[str, int | None] = {"ttt_context": None, "other_context": None}
@@ -130,14 +131,14 @@ def make_model(
     return model
 
 
-def ttt_placement(config: TrainConfig, release: CheckpointInfo) -> TTTPlacement | None:
-    """Where the configuration puts TTT; None where it is off."""
+def ttt_placement(config: TrainConfig, lm_config: dict[str, Any] | None) -> TTTPlacement | None:
+    """Where the configuration puts TTT in a release's model; None where it is off."""
     if not config.ttt.enable:
         return None
-    lm_config = lm_settings(release.lm_config)
+    settings = lm_settings(lm_config)
     return TTTPlacement(
-        layer=build_ttt_config(config.ttt, lm_config),
-        layers=select_layers(config.ttt.layers, lm_config["num_layers"]),
+        layer=build_ttt_config(config.ttt, settings),
+        layers=select_layers(config.ttt.layers, settings["num_layers"]),
         initial_alpha=config.ttt.initial_gating_alpha,
     )
 

@@ -41,9 +41,8 @@ def accumulate_gradients(
     and get equal gradients, for which FSDP2's average over them is right.)
     """
     weights = [loss_weights(codes, config) for codes in microbatches]
-    own = torch.stack(
-        [sum(w[kind].double().sum() for w in weights) for kind in (0, 1)]  # type: ignore[misc]
-    )
+    sums_of_weights = [torch.stack([text.sum(), audio.sum()]).double() for text, audio in weights]
+    own = torch.stack(sums_of_weights).sum(dim=0)
     text_weight, audio_weight = sum_over_data_ranks(own, mesh.dp_group)
     sums = torch.zeros(2, dtype=torch.float64, device=own.device)
     for codes, (text_w, audio_w) in zip(microbatches, weights, strict=True):

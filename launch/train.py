@@ -66,7 +66,9 @@ def train(start: Start) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = local_device()
     torch.manual_seed(config.seed)
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
     axes = config.parallel
     mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp))
     global_batch_size, _ = resolve_global_batch_size(config, mesh.dp_size)

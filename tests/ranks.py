@@ -18,24 +18,44 @@ def run_ranks(
     *,
     timeout: float,
     cwd: Path = REPO,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run `script` on `world_size` gloo ranks; its output is kept, its exit code not judged."""
-    command = [
+    command = ranks_command(world_size, script, arguments)
+    return run_command(command, timeout=timeout, cwd=cwd, **environment)
+
+
+def ranks_command(world_size: int, script: Path, arguments: list[str]) -> list[str]:
+    """torchrun on this host; port 0 lets each job find a free one."""
+    return [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nproc_per_node", str(world_size)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
         str(script),
         *arguments,
     ]
-    return run_command(command, timeout=timeout, cwd=cwd)
 
 
 def run_command(
     command: list[str], *, timeout: float, cwd: Path = REPO, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process group of its own, which is killed whole when time is up."""
+    """Run a command; it and all its descendants are killed when time is up."""
+    with start_command(command, cwd=cwd, **environment) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill_job(process)
+            out, err = process.communicate()
+            raise AssertionError(f"{command} took over {timeout} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def start_command(
+    command: list[str], *, cwd: Path = REPO, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a command on CPUs, one thread a process; use it as a context manager."""
     settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    with subprocess.Popen(
+    return subprocess.Popen(
         command,
         cwd=cwd,
         env=settings,
@@ -43,11 +63,27 @@ def run_command(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    ) as process:
+    )
+
+
+def kill_job(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for a job and all its descendants: torchrun puts each rank into a session of its
+    own, so killing torchrun's process group would leave the ranks running."""
+    doomed = [process.pid, *_descendants(process.pid)]
+    for pid in doomed:
         try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            raise AssertionError(f"{command} took over {timeout} s\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process ids of all children, children's children, …"""
+    table = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    )
+    parents = dict(tuple(map(int, line.split())) for line in table.stdout.splitlines())
+    found = [pid]
+    for ancestor in found:
+        found += [child for child, parent in parents.items() if parent == ancestor]
+    return found[1:]

@@ -4,6 +4,11 @@ Tolerances (DESIGN.md, Numbers): whole models in float64 agree to 1e-6, since Mo
 compute in float32 whatever the model's dtype; in float32, loss and first-step gradients to 1e-5,
 the rounding of sums in another order. Parameters after Adam steps are no test in float32: noise
 over near-zero gradients is amplified.
+
+One kind of tensor is worse conditioned than that: the gradient of a head's inner learning-rate bias
+is one number, summed with both signs over all tokens. Unsharded float32 alone is off by up to 1e-5
+from float64 there, so for these tensors two float32 runs may differ by three times what the
+unsharded one is measured to be off (and no other tensor may need that).
 """
 
 import json
@@ -53,7 +58,14 @@ def check_training(found, dtype):
     for step, (sharded, plain) in enumerate(found["losses"]):
         if dtype == "float64" or step == 0:
             assert sharded == pytest.approx(plain, rel=tolerance), step
-    assert found["gradients"][0] < tolerance, found["gradients"]
+    if dtype == "float64":
+        assert found["gradients"][0] < tolerance, found["gradients"]
+    else:
+        rounding = found["plain rounding"]
+        for name, error in found["all gradients"].items():
+            assert error < max(tolerance, 3 * rounding[name]), (name, error, rounding[name])
+        over = [name for name, error in rounding.items() if 3 * error > tolerance]
+        assert all(name.endswith("learnable_ttt_lr_bias") for name in over), over
     assert found["norms"][0] == pytest.approx(found["norms"][1], rel=tolerance)
     if dtype == "float64":
         assert found["parameters"][0] < tolerance, found["parameters"]

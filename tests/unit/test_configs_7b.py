@@ -1,0 +1,49 @@
+"""The 7B configurations: valid, and the model they describe built on the meta device."""
+
+import pytest
+
+from launch.config import REPO_ROOT, load_config
+from launch.preflight import check_run
+from launch.setup import ttt_placement
+from ttt_dist.moshi.build import build_model, freeze_base, is_ttt_parameter
+from ttt_dist.moshi.context import (
+    check_attention_contexts,
+    describe_attention_contexts,
+    read_attention_contexts,
+    set_attention_contexts,
+)
+
+MOSHI_7B = 7_687_729_152
+TTT_LAYER = 71_491_616  # TTT-MLP of the default sizes, gate included
+CONFIGS = sorted((REPO_ROOT / "configs").glob("moshi_7b_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_7b_config_builds_on_meta(path):
+    config = load_config(path)
+    # All that can be wrong on a user's 8 GPUs, but for the data that they have to name.
+    problems = check_run(config, world_size=8, lm_config=None)
+    assert all(problem.startswith("data.") for problem in problems), problems
+    placement = ttt_placement(config, None)
+    model = build_model(None, placement)
+    assert placement is not None
+    assert sum(p.numel() for p in model.parameters()) == MOSHI_7B + TTT_LAYER * len(
+        placement.layers
+    )
+    windows = {
+        "ttt_context": config.ttt.ttt_layer_context,
+        "other_context": config.ttt.non_ttt_layer_context,
+    }
+    set_attention_contexts(model, **windows)
+    contexts = read_attention_contexts(model)
+    check_attention_contexts(contexts, ttt_layers=placement.layers, **windows)
+    assert "TTT layers=50" in describe_attention_contexts(contexts)
+    if not config.full_finetuning:
+        freeze_base(model, model.text_linear.weight.dtype)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained
+        assert all(is_ttt_parameter(name) for name in trained)
+
+
+def test_there_are_7b_configs():
+    assert len(CONFIGS) >= 2
