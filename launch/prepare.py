@@ -1,7 +1,7 @@
 """Encode a configuration's recordings ahead of training.
 
-    python -m launch.prepare [CONFIG] [key.path=value ...]
-    torchrun --nproc_per_node=8 -m launch.prepare [CONFIG] [key.path=value ...]
+    python launch/prepare.py [CONFIG] [key.path=value ...]
+    torchrun --nproc_per_node=8 launch/prepare.py [CONFIG] [key.path=value ...]
 
 Takes the same file and overrides as `launch/train.py` and fills the cache that it reads. Under
 torchrun each process encodes its share, on the GPU of its local rank where there is one; none waits
@@ -12,6 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts this file's folder first on the path; the packages stand one above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from tqdm import tqdm

@@ -147,7 +147,7 @@ def test_long_encoding_is_left_to_prepare(tmp_path):
     train = open_sources(write_dataset(tmp_path / "data", [3.0]))
     waited = []
     arguments = {"rank": 0, "world_size": 1, "wait": lambda: waited.append(time.time())}
-    with pytest.raises(DataError, match=r"lacks the codes of 3 s .*launch\.prepare"):
+    with pytest.raises(DataError, match=r"lacks the codes of 3 s .*prepare\.py"):
         open_pieces(
             {"train": train},
             cache_in(tmp_path / "cache"),

@@ -18,7 +18,7 @@ from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset
 from ttt_dist.moshi.release import open_release
 
-REPO = Path(__file__).parents[2]
+PREPARE = Path(__file__).parents[2] / "launch" / "prepare.py"
 CPU = torch.device("cpu")
 
 
@@ -93,8 +93,8 @@ def test_the_command_tells_mistakes_once_and_exits_with_2(arguments, tmp_path):
     (tmp_path / "data" / "train2.wav").unlink()
     (tmp_path / "data" / "eval0.wav").write_bytes(b"noise")
     finished = subprocess.run(
-        [sys.executable, "-m", "launch.prepare", *_with_empty_config(tmp_path), *arguments],
-        cwd=REPO,
+        [sys.executable, str(PREPARE), *_with_empty_config(tmp_path), *arguments],
+        cwd=tmp_path,  # from any folder
         env=os.environ | {"NO_TORCH_COMPILE": "1"},
         capture_output=True,
         text=True,

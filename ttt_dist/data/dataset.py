@@ -207,7 +207,7 @@ def open_pieces(
             [
                 f"data.cache_dir: {cache.folder} lacks the codes of {seconds:.0f} s of audio, and "
                 f"training encodes at most data.max_inline_encode_sec = {max_encode_sec:.0f} s by "
-                "itself; run `python -m launch.prepare CONFIG` first, under torchrun to split it"
+                "itself; run `launch/prepare.py CONFIG` first, under torchrun to split it"
             ]
         )
     encode_missing(recordings, cache, codec, rank=rank, world_size=world_size, progress=progress)
