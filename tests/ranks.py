@@ -79,11 +79,25 @@ def kill_job(process: subprocess.Popen[str]) -> None:
 
 def _descendants(pid: int) -> list[int]:
     """Process ids of all children, children's children, …"""
-    table = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-    )
-    parents = dict(tuple(map(int, line.split())) for line in table.stdout.splitlines())
+    parents = _parents()
     found = [pid]
     for ancestor in found:
         found += [child for child, parent in parents.items() if parent == ancestor]
     return found[1:]
+
+
+def _parents() -> dict[int, int]:
+    """Process id → its parent's, of all processes."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "pid (name) state parent …", where the name may hold anything, ")" too.
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended meanwhile
+            continue
+    if not parents:  # no /proc: macOS
+        table = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+        )
+        parents = dict(tuple(map(int, line.split())) for line in table.stdout.splitlines())
+    return parents
