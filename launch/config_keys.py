@@ -53,7 +53,8 @@ def is_text(path: str) -> bool:
 
 
 def nearest_key(path: str) -> str | None:
-    """The known key that `path` most likely means: the same name elsewhere, or a similar one."""
+    """The known key that `path` most likely means: the same name elsewhere, a similar one, or one
+    that is described in its words (`optim.learning_rate`: `optim.lr`)."""
     leaf = path.rsplit(".", 1)[-1]
     same_name = [key for key in KEYS if key.rsplit(".", 1)[-1] == leaf]
     if same_name:
@@ -63,7 +64,14 @@ def nearest_key(path: str) -> str | None:
         return close[0]
     leaves = {key.rsplit(".", 1)[-1]: key for key in KEYS}
     close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
-    return leaves[close[0]] if close else None
+    if close:
+        return leaves[close[0]]
+    words, prefix = leaf.replace("_", " "), path[: -len(leaf)]
+    if len(words) < 4:  # it would be found in the middle of other words
+        return None
+    described = [key for key, entry in KEYS.items() if words in entry["description"]]
+    described.sort(key=lambda key: not key.startswith(prefix))  # its own section first
+    return described[0] if described else None
 
 
 def describe_keys() -> str:

@@ -103,9 +103,8 @@ def resolve_mesh(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
     fix = f"start {count} ranks (torchrun --nproc_per_node), change parallel.dp_replicate or tp"
     if shard != -1 and world_size % others == 0:
         fix += ", or set parallel.dp_shard=-1 (the rest)"
-    raise UserError(
-        f"parallel: there are {world_size} rank{'s' if world_size > 1 else ''}, but {wanted}; {fix}"
-    )
+    ranks = f"there are {world_size} ranks" if world_size > 1 else "there is 1 rank"
+    raise UserError(f"parallel: {ranks}, but {wanted}; {fix}")
 
 
 def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTConfig:

@@ -76,7 +76,7 @@ data: {train_data: "${home}/a.jsonl"}
         ("ttt.enable=maybe", ["'maybe'", "true or false"]),
         ("ttt.layers=[1, a]", ["ttt.layers", "[1, 'a']", "middle"]),
         ("parallel.dp_shard=0", ["parallel.dp_shard", "found 0", "-1"]),
-        ("optim.learning_rate=1", ["optim.learning_rate", "unknown key"]),
+        ("optim.learning_rate=1", ["optim.learning_rate", "unknown key", "optim.lr"]),
         ("lr=1", ["lr: unknown key", "optim.lr"]),
         ("optim.dp_replicate=1", ["unknown key", "parallel.dp_replicate"]),
         ("paralel.tp=1", ["paralel", "unknown key", "parallel"]),
