@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.layer import TTTLayer
+
+_NO_STREAMING = (
+    "streaming inference of layers with TTT is not built yet: Moshi's streaming API would forget "
+    "the TTT state between steps"
+)
 
 
 class ShardableLayout:
@@ -77,10 +82,7 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
 
     def _init_streaming_state(self, batch_size: int) -> Any:
         if self.ttt is not None:
-            raise RuntimeError(
-                "streaming inference of layers with TTT is not built yet: Moshi's streaming API "
-                "would forget the TTT state between steps"
-            )
+            raise RuntimeError(_NO_STREAMING)
         return super()._init_streaming_state(batch_size)
 
     def forward(self, x: Tensor, cross_attention_src: Tensor | None = None) -> Tensor:
@@ -115,3 +117,9 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
 
 class TTTMoshi(ShardableLayout, LMModel):
     """Moshi's language model, of hybrid layers; what `build.build_model` returns."""
+
+    def _start_streaming(self, batch_size: int, exit_stack: ExitStack) -> None:
+        # Before any module has a streaming state: Moshi would leave those that come first in it.
+        if any(isinstance(module, TTTBlock) for module in self.modules()):
+            raise RuntimeError(_NO_STREAMING)
+        super()._start_streaming(batch_size, exit_stack)
