@@ -29,6 +29,15 @@ _UNBUILT = {
 # Keys of a release's configuration that say nothing about the model's computation.
 _IGNORED = {"depformer_causal", "lora_rank", "lora_scaling", "gradient_checkpointing"}
 
+# Arguments of moshi's classes that moshi or this project computes: a release that names one would
+# give it twice.
+_NOT_SETTINGS = {"self", "args", "kwargs", "device", "dtype", "layer_class", "d_model", "rope"} | {
+    "dim_feedforward",
+    "checkpointing",
+    "activation",
+    "condition_provider",
+}
+
 
 @dataclass(frozen=True)
 class TTTPlacement:
@@ -185,10 +194,10 @@ def is_ttt_parameter(name: str) -> bool:
 
 
 def _known_keys() -> set[str]:
-    """Keyword arguments that moshi's language model hands on to itself and its layers."""
-    keys: set[str] = set()
+    """Keyword arguments of a release that moshi's language model takes or hands on to layers."""
+    layers: set[str] = set()
     for cls in (StreamingTransformer, StreamingTransformerLayer):
-        names = set(inspect.signature(cls.__init__).parameters)
-        keys |= names | {f"depformer_{name}" for name in names}
-    keys |= set(inspect.signature(LMModel.__init__).parameters)
-    return keys - {"self", "kwargs", "args", "device", "dtype", "layer_class"}
+        layers |= set(inspect.signature(cls.__init__).parameters)
+    layers -= _NOT_SETTINGS
+    model = set(inspect.signature(LMModel.__init__).parameters) - _NOT_SETTINGS
+    return model | layers | {f"depformer_{name}" for name in layers - {"causal", "quantize"}}
