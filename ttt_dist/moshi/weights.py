@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,13 @@ def load_base_weights(model: nn.Module, path: Path) -> None:
                 if names:
                     problems.append(f"{len(names)} {kind}: {_shorten(names)}")
             shapes = []
+            parts = Counter(key for key, _ in sources.values())
             for name, (key, part) in sources.items():
                 found = list(file.get_slice(key).get_shape())
                 expected = list(wanted[name].shape)
-                rows = _rows_of_part(expected, found, part)
-                if rows is None:
-                    shapes.append(f"{name}: found {found} in {key}, allowed {expected}")
+                stacked = expected if part is None else [parts[key] * expected[0], *expected[1:]]
+                if found != stacked:
+                    shapes.append(f"{name}: found {found} in {key}, allowed {stacked}")
             if shapes:
                 problems.append(f"{len(shapes)} of another shape: {_shorten(shapes)}")
             if problems:
@@ -122,16 +124,8 @@ def _match_names(
                 if key in keys:
                     sources[name] = (key, int(match.group(1)))
                     used.add(key)
+                    break  # the same weights under a second name stay unexpected
     return sources, keys - used
-
-
-def _rows_of_part(expected: list[int], found: list[int], part: int | None) -> slice | None:
-    """Rows of the found tensor that make the expected one; None where they do not fit."""
-    if part is None:
-        return slice(0, expected[0]) if expected == found else None
-    first, last = part * expected[0], (part + 1) * expected[0]
-    fits = expected[1:] == found[1:] and found[0] % expected[0] == 0 and last <= found[0]
-    return slice(first, last) if fits else None
 
 
 def _copy_slice(parameter: nn.Parameter, source: Any, part: int | None) -> None:
