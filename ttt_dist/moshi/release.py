@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from moshi.models.loaders import (
     MIMI_NAME,
     MOSHI_NAME,
@@ -63,14 +69,20 @@ def open_release(
                 f"{', '.join(missing)}; set hf_repo_id to a hub id or a local folder"
             )
         hf_repo_id = "local"
-    elif Path(hf_repo_id).is_dir():
-        overrides = _fill_from_folder(Path(hf_repo_id), overrides)
+        # Mimi's configuration has no setting of its own; it lies beside the one that names it.
+        overrides = _fill_from_folder(Path(str(overrides["config_path"])).parent, overrides)
+    elif Path(hf_repo_id).expanduser().is_dir():
+        overrides = _fill_from_folder(Path(hf_repo_id).expanduser(), overrides)
     elif hf_repo_id.startswith((".", "/", "~")) or hf_repo_id.count("/") != 1:
         raise ReleaseError(
             f"moshi_paths.hf_repo_id: found {hf_repo_id!r}, which is neither an existing folder "
             "nor a hub id 'owner/name'; for the demo's base run `python -m launch.make_demo_base`"
         )
+    if overrides["config_path"] is not None:
+        read_json_object(overrides["config_path"])
     try:
+        if overrides["config_path"] is None:
+            overrides["config_path"] = _fetch_config(hf_repo_id)
         info = CheckpointInfo.from_hf_repo(hf_repo_id, **overrides)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -85,6 +97,20 @@ def open_release(
                 "run code when it is loaded); convert the file first"
             )
     return info
+
+
+def _fetch_config(repo_id: str) -> Path | None:
+    """`config.json` of a hub repository; None where it has none.
+
+    moshi's own code takes a hub that it can't reach for a repository without `config.json`, and
+    that for a Moshi 7B.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, "config.json"))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None
 
 
 def _override(field: str, value: str | None) -> Path | None:
@@ -115,11 +141,14 @@ def _fill_from_folder(folder: Path, overrides: dict[str, Path | None]) -> dict[s
     for key, target in targets.items():
         if filled[target] is None:
             filled[target] = folder / str(raw.get(key, _FILE_KEYS[key]))
-    if "mimi_config_name" in raw:
+    if raw.get("mimi_config_name") is not None:
         filled["mimi_config_path"] = folder / str(raw["mimi_config_name"])
     missing = [str(path) for path in filled.values() if path is not None and not path.is_file()]
     if missing:
         raise ReleaseError(f"{config_path} names files that are not there: {', '.join(missing)}")
+    mimi_config_path = filled.get("mimi_config_path")
+    if mimi_config_path is not None:
+        read_json_object(mimi_config_path)
     return filled
 
 

@@ -1,0 +1,178 @@
+"""Finding a release: every mistake in it gives one clear message, and no pickle is read."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import reset_sessions
+
+from tests.distributed.tiny import LM_CONFIG, save_release_weights
+from ttt_dist.moshi.release import ReleaseError, open_release
+
+NAMES = {
+    "moshi_name": "model.safetensors",
+    "mimi_name": "mimi.safetensors",
+    "mimi_config_name": "mimi_config.json",
+    "tokenizer_name": "text.model",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Real Moshi weights; Mimi and tokenizer, which `open_release` doesn't read, are empty."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LM_CONFIG | NAMES | {"model_type": "moshi"}))
+    save_release_weights(folder / NAMES["moshi_name"])
+    (folder / NAMES["mimi_name"]).touch()
+    (folder / NAMES["mimi_config_name"]).write_text('{"sample_rate": 24000}')
+    (folder / NAMES["tokenizer_name"]).touch()
+    return folder
+
+
+@pytest.fixture
+def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hub's settings are read when it is imported, and its sessions keep what they were."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    reset_sessions()
+    yield
+    reset_sessions()
+
+
+@pytest.fixture
+def no_hub(empty_hub_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with HF_HUB_OFFLINE=1 and an empty cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def message_of(*args: str | None, **kwargs: str) -> str:
+    with pytest.raises(ReleaseError) as caught:
+        open_release(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_complete_folder_opens(folder):
+    info = open_release(str(folder))
+    assert info.lm_config == LM_CONFIG
+    assert info.mimi_config == {"sample_rate": 24000}
+    assert info.moshi_weights == folder / "model.safetensors"
+    assert info.mimi_weights == folder / "mimi.safetensors"
+    assert info.tokenizer == folder / "text.model"
+
+
+def test_files_are_named_as_in_kyutais_release_by_default(folder):
+    """Moshi's own names stand where config.json gives none."""
+    config = {k: v for k, v in LM_CONFIG.items() if k not in NAMES}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = message_of(str(folder))
+    assert "tokenizer-e351c8d8-checkpoint125.safetensors" in message
+    assert "tokenizer_spm_32k_3.model" in message
+    assert "model.safetensors, " not in message.replace("checkpoint125.safetensors, ", "")
+
+
+def test_a_folder_in_the_home_directory_opens(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert open_release("~/release").moshi_weights == folder / "model.safetensors"
+
+
+def test_single_files_replace_the_folders_own(folder, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.touch()
+    info = open_release(str(folder), moshi_path=str(other))
+    assert info.moshi_weights == other
+    assert info.mimi_weights == folder / "mimi.safetensors"
+
+
+def test_single_files_alone_need_no_hub(folder, no_hub):
+    """Mimi's configuration, for which there is no setting, lies beside config.json."""
+    info = open_release(
+        None,
+        moshi_path=str(folder / "model.safetensors"),
+        mimi_path=str(folder / "mimi.safetensors"),
+        tokenizer_path=str(folder / "text.model"),
+        config_path=str(folder / "config.json"),
+    )
+    assert info.mimi_config == {"sample_rate": 24000}
+    assert info.lm_config == LM_CONFIG
+
+
+@pytest.mark.parametrize("where", ["no/such/folder", "./missing", "/missing/folder", "kyutai"])
+def test_a_missing_folder_is_no_hub_id(where):
+    message = message_of(where)
+    assert f"moshi_paths.hf_repo_id: found {where!r}" in message
+    assert "neither an existing folder nor a hub id" in message
+
+
+def test_a_folder_without_config(folder):
+    (folder / "config.json").unlink()
+    assert f"the folder {folder} holds no config.json" in message_of(str(folder))
+
+
+def test_all_missing_files_are_listed(folder):
+    for name in NAMES.values():
+        (folder / name).unlink()
+    message = message_of(str(folder))
+    assert all(str(folder / name) in message for name in NAMES.values())
+
+
+def test_missing_overrides_name_their_key(folder):
+    message = message_of(str(folder), mimi_path="nowhere.safetensors")
+    assert "moshi_paths.mimi_path: found 'nowhere.safetensors'" in message
+    message = message_of(None, moshi_path=str(folder / "model.safetensors"))
+    assert "hf_repo_id: found nothing" in message
+    assert all(name in message for name in ("mimi_weights", "tokenizer", "config_path"))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".th", ".ckpt"])
+@pytest.mark.parametrize("which", ["moshi", "mimi"])
+def test_pickles_are_refused(folder, which, suffix):
+    pickled = folder / f"weights{suffix}"
+    pickled.write_bytes(b"\x80\x04N.")
+    as_override = message_of(str(folder), **{f"{which}_path": str(pickled)})
+    change_config(folder, **{f"{which}_name": pickled.name})
+    for message in (as_override, message_of(str(folder))):
+        assert f"{which} weights: found {pickled}" in message
+        assert "allowed are .safetensors files only" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "mimi_config.json"])
+@pytest.mark.parametrize(
+    ("text", "why"), [("{", "JSON"), ("[1]", "list, allowed is an object"), ("\xff", "JSON")]
+)
+def test_broken_json_names_the_file(folder, name, text, why):
+    (folder / name).write_bytes(text.encode("latin-1"))
+    message = message_of(str(folder))
+    assert str(folder / name) in message
+    assert why in message
+
+
+def test_a_broken_configuration_override_names_the_file(tmp_path, no_hub):
+    """Before anything is fetched."""
+    path = tmp_path / "mine.json"
+    path.write_text("{'dim': 32}")
+    message = message_of("kyutai/moshiko-pytorch-bf16", config_path=str(path))
+    assert f"{path}: cannot be read as JSON" in message
+
+
+@pytest.mark.filterwarnings("error")  # moshi would tell of a "legacy repository"
+def test_a_hub_id_without_network_is_told_at_once(no_hub):
+    start = time.monotonic()
+    message = message_of("kyutai/moshiko-pytorch-bf16")
+    assert time.monotonic() - start < 5
+    assert "moshi_paths.hf_repo_id: cannot fetch 'kyutai/moshiko-pytorch-bf16'" in message
+    assert "give a local folder" in message
+
+
+@pytest.mark.parametrize("name", ["bad name/with spaces", "owner/-name"])
+def test_an_impossible_hub_id_is_told(no_hub, name):
+    """Found impossible by the hub's own rules, before any request."""
+    assert f"cannot fetch {name!r}" in message_of(name)
