@@ -1,7 +1,7 @@
 """Causality of the whole model in steps, delays considered; what attention windows let through.
 
-Code (k', t') enters at step s' = t' + delay[k']: the main transformer reads it at the next step, the
-Depformer at the same step, after its own codebooks have been predicted.
+Code (k', t') enters at step s' = t' + delay[k']: the Depformer reads it at that step, once it has
+predicted codebook k' itself; the main transformer at the next one.
 """
 
 import pytest

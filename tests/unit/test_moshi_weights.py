@@ -113,7 +113,7 @@ def test_two_packed_names_of_one_weight_are_refused(release_file):
     tensors = load_file(release_file)
     tensors[PACKED.replace("in_proj_weight", "in_proj.weight")] = torch.zeros_like(tensors[PACKED])
     save_file(tensors, release_file)
-    with pytest.raises(ReleaseError, match="1 unexpected: .*in_proj"):
+    with pytest.raises(ReleaseError, match=r"1 unexpected: .*in_proj"):
         load_base_weights(blank_model(), release_file)
 
 
