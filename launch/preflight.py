@@ -19,7 +19,7 @@ from launch.config import (
     resolve_global_batch_size,
 )
 from launch.errors import UserError
-from launch.run_folder import adopt_saved, run_dir_problems
+from launch.run_folder import adopt_saved, checkpoint_problems, run_dir_problems
 from launch.schema import TTTSection
 from ttt_dist.config import TTTConfig
 from ttt_dist.data.manifest import DataError, read_sources
@@ -200,10 +200,14 @@ def _device_problems(config: TrainConfig, local_world_size: int) -> list[str]:
     return problems
 
 
-def _batch_problems(config: TrainConfig, dp: int) -> list[str]:
+def _layout_problems(config: TrainConfig, layout: dict[str, int]) -> list[str]:
+    """What doesn't fit the ranks: the step's size, and the checkpoint of a resumed run."""
+    problems = []
     if config.resume and not run_dir_problems(config):
+        problems += checkpoint_problems(config, layout)
         config = adopt_saved(config)
-    return _collect(partial(resolve_global_batch_size, config, dp))
+    dp = layout["dp_replicate"] * layout["dp_shard"]
+    return problems + _collect(partial(resolve_global_batch_size, config, dp))
 
 
 def _run_problems(
@@ -224,12 +228,13 @@ def _run_problems(
     batch = ("batch_size", "num_microbatches", "global_batch_size", "resume", "run_dir")
     if bad_keys.isdisjoint(layout) and config.parallel.dp_shard != 0:
         try:
-            replicate, shard, _ = resolve_mesh(config, world_size)
+            sizes = resolve_mesh(config, world_size)
         except UserError as error:
             problems += error.problems
         else:
             if bad_keys.isdisjoint(batch):
-                problems += _batch_problems(config, replicate * shard)
+                axes = dict(zip(("dp_replicate", "dp_shard", "tp"), sizes, strict=True))
+                problems += _layout_problems(config, axes)
     return problems + _data_problems(config, bad_keys, check_files=check_files)
 
 

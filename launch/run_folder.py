@@ -18,6 +18,7 @@ import torch
 
 from launch.config import REPO_ROOT, TIME, TrainConfig, dump_yaml, load_config, utc_timestamp
 from launch.errors import UserError
+from parallel.checkpoint import CheckpointError, list_checkpoints, read_progress
 
 State = Literal["running", "finished", "preempted", "failed"]
 PACKAGES = ("torch", "moshi", "torchtitan", "safetensors", "numpy", "sphn", "sentencepiece")
@@ -131,6 +132,29 @@ def run_dir_problems(config: TrainConfig) -> list[str]:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [f"run_dir: {path} can't be written, since {nearest} is read-only for you"]
     return []
+
+
+def checkpoint_problems(config: TrainConfig, layout: Mapping[str, int]) -> list[str]:
+    """Why the run in `config.run_dir` can't be resumed on `layout` (ranks of each mesh axis)."""
+    folder = RunFolder(Path(config.run_dir)).checkpoints
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return [
+            f"resume: {folder} holds no checkpoint (step-NNNNNN); start a new run in another "
+            "run_dir, without resume"
+        ]
+    newest = checkpoints[-1]
+    try:
+        saved = read_progress(newest).layout
+    except CheckpointError as error:
+        return [f"resume: {error}"]
+    if saved == layout:
+        return []
+    return [
+        f"resume: {newest} was saved on {saved}, this job has {dict(layout)}; going on with "
+        "another layout isn't built yet: start the same number of ranks with the same parallel "
+        "section"
+    ]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from tqdm import tqdm
 
 from launch.config import TrainConfig
-from launch.errors import UserError
 from launch.preflight import build_ttt_config
 from launch.prepare import open_cache, read_splits
 from launch.run_folder import RunFolder
-from parallel.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from parallel.checkpoint import list_checkpoints, load_checkpoint
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from ttt_dist.data.cache import CodesSpec
@@ -68,7 +67,8 @@ def open_data(
     ) as bar:
 
         def encoded(_: Recording, __: bool) -> None:
-            bar.update(dist.get_world_size())
+            # This rank's, and meanwhile one of each other's; the last shares may be shorter.
+            bar.update(min(dist.get_world_size(), len(recordings) - bar.n))
 
         pieces = open_pieces(
             splits,
@@ -157,27 +157,9 @@ def resume(
     model: TTTMoshi,
     optimizers: OptimizersContainer,
     schedule: LRSchedulersContainer,
-    mesh: Mesh,
 ) -> int:
-    """Load the newest checkpoint of the run and return the steps it has done.
-
-    Raises:
-        UserError: there is no checkpoint, or it was saved on another layout.
-    """
-    checkpoints = list_checkpoints(folder.checkpoints)
-    if not checkpoints:
-        raise UserError(
-            f"resume: {folder.checkpoints} holds no checkpoint (step-NNNNNN); start a new run in "
-            "another run_dir, without resume"
-        )
-    newest = checkpoints[-1]
-    saved: Progress = read_progress(newest)
-    if saved.layout != mesh.shape:
-        raise UserError(
-            f"resume: {newest} was saved on {saved.layout}, this job has {mesh.shape}; going on "
-            "with another layout isn't built yet: start the same number of ranks with the same "
-            "parallel section"
-        )
-    load_checkpoint(newest, model, optimizers, schedule)
+    """Load the newest checkpoint of the run, which preflight has looked at; returns steps done."""
+    newest = list_checkpoints(folder.checkpoints)[-1]
+    saved = load_checkpoint(newest, model, optimizers, schedule)
     say(f"resumed after step {saved.step} from {newest}")
     return saved.step

@@ -110,7 +110,7 @@ def train(start: Start) -> None:
         optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
         schedule = build_schedule(optimizers, config.optim, config.max_steps)
         if config.resume:
-            status.step = resume(folder, model, optimizers, schedule, mesh)
+            status.step = resume(folder, model, optimizers, schedule)
         first_step = status.step
 
         logger = None
