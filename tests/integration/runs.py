@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,7 +93,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     for name, entry in metadata.items():
         assert isinstance(entry, TensorStorageMetadata), name
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant here
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
     return tensors
 
 
@@ -100,7 +103,8 @@ def initial_model(run: Run) -> TTTMoshi:
     """The model that a run began with, whole and in one process: base and initial TTT weights."""
     config = load_config(run.folder / "config.yaml")
     release = open_release(**config.moshi_paths.model_dump())
-    model = build_model(release.lm_config, ttt_placement(config, release), device="cpu")
+    placement = ttt_placement(config, release.lm_config)
+    model = build_model(release.lm_config, placement, device="cpu")
     load_base_weights(model, Path(release.moshi_weights))
     init_ttt_weights(model, config.seed)
     return model

@@ -1,0 +1,150 @@
+"""A run that was killed goes on bitwise; what a resumed run may not be."""
+
+import shutil
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.runs import (
+    TIMEOUT,
+    TRAIN,
+    Run,
+    check_trained,
+    initial_model,
+    side_by_side,
+    single,
+    snapshot,
+)
+from tests.ranks import kill_job, ranks_command, run_ranks, start_command
+from ttt_dist.moshi.build import is_ttt_parameter
+
+pytestmark = pytest.mark.integration
+KILLED_AFTER, STEPS = 3, 6  # tp_run's checkpoints
+
+
+class Resumed(NamedTuple):
+    """A run that was killed and resumed; `rows_before` is what the kill left of metrics.jsonl."""
+
+    run: Run
+    rows_before: int
+    status_before: str
+
+
+@pytest.fixture(scope="module")
+def resumed(short, tmp_path_factory) -> Resumed:
+    """tp_run once more, killed once its first checkpoint is there, then resumed."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    arguments = [*short, f"run_dir={folder}", "parallel.tp=2"]
+    first = folder / "checkpoints" / f"step-{KILLED_AFTER:06d}"
+    deadline = time.monotonic() + TIMEOUT
+    with start_command(ranks_command(2, TRAIN, arguments)) as process:
+        while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kill_job(process)  # SIGKILL, as when a node loses its power
+        out, err = process.communicate()
+    assert first.exists(), out + err
+    killed = Run(folder, process)
+    rows, status = len(killed.rows), killed.status["state"]
+    job = run_ranks(2, TRAIN, [*arguments, "resume=true"], timeout=TIMEOUT)
+    assert job.returncode == 0, job.stdout + job.stderr
+    return Resumed(Run(folder, job), rows, status)
+
+
+def test_the_kill_was_a_real_one(resumed, tp_run):
+    assert resumed.status_before == "running"
+    assert resumed.rows_before < len(tp_run.rows)
+    assert resumed.run.status["state"] == "finished"
+    assert f"resumed after step {KILLED_AFTER} from" in resumed.run.job.stdout
+
+
+def test_steps_after_a_resume_are_bitwise_those_of_an_uninterrupted_run(resumed, tp_run):
+    rows = resumed.run.rows[resumed.rows_before :]
+    steps = [row for row in rows if "loss" in row]
+    expected = tp_run.steps[KILLED_AFTER:]
+    assert [row["step"] for row in steps] == list(range(KILLED_AFTER + 1, STEPS + 1))
+    for key in ("loss", "text_loss", "audio_loss", "grad_norm", "lr"):
+        assert [row[key] for row in steps] == [row[key] for row in expected], key
+    # The schedule moves, so the equal rates aren't equal by being constant.
+    assert len({row["lr"] for row in steps}) == len(steps)
+    (evaluation,) = [row for row in rows if "eval_loss" in row]
+    wanted = tp_run.evaluations[-1]
+    for key in wanted.keys() - {"time"}:
+        assert evaluation[key] == wanted[key], key
+
+
+def test_final_checkpoints_are_bitwise_equal(resumed, tp_run):
+    assert resumed.run.checkpoints == tp_run.checkpoints == ["step-000003", "step-000006"]
+    found, expected = resumed.run.checkpoint(STEPS), tp_run.checkpoint(STEPS)
+    assert found.keys() == expected.keys()
+    kinds = {name.split(".")[0] for name in expected}
+    assert kinds == {"model", "optimizer", "random"}
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    halfway = tp_run.checkpoint(KILLED_AFTER)
+    same = [n for n in expected if n.startswith("model.") and torch.equal(expected[n], halfway[n])]
+    assert same == []
+
+
+@pytest.fixture(scope="module")
+def refused(short, tp_run, tmp_path_factory):
+    """Starts that must not go on: their jobs, and tp_run's files before them."""
+    empty = tmp_path_factory.mktemp("no-checkpoint") / "run"
+    empty.mkdir()
+    shutil.copy(tp_run.folder / "config.yaml", empty)
+    before = snapshot(tp_run.folder)
+    jobs = side_by_side(
+        {
+            "existing": [*short, f"run_dir={tp_run.folder}"],
+            "other layout": [*short, f"run_dir={tp_run.folder}", "resume=true"],
+            "other settings": [*short, f"run_dir={tp_run.folder}", "resume=true", "seed=5"],
+            "no checkpoint": [*short, f"run_dir={empty}", "resume=true"],
+        }
+    )
+    return jobs, before
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("existing", ["run_dir: ", "exists and isn't empty", "resume=true"]),
+        ("other layout", ["resume: ", "'tp': 2", "'tp': 1", "same number of ranks"]),
+        ("other settings", ["seed: found 5", "began with 0"]),
+        ("no checkpoint", ["resume: ", "holds no checkpoint"]),
+    ],
+)
+def test_a_refused_start_leaves_the_run_as_it_was(refused, tp_run, name, parts):
+    jobs, before = refused
+    job = jobs[name]
+    assert job.returncode == 2, job.stdout + job.stderr
+    assert job.stderr.count("This run can't start: ") == 1
+    assert "Traceback" not in job.stderr
+    for part in parts:
+        assert part in job.stderr
+    assert snapshot(tp_run.folder) == before
+
+
+@pytest.fixture(scope="module")
+def ttt_only(paths, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("ttt-only") / "run"
+    settings = ["full_finetuning=false", "max_steps=2", "global_batch_size=1", "do_eval=false"]
+    job = single([*paths, *settings, f"run_dir={folder}", "tensorboard=false"])
+    assert job.returncode == 0, job.stdout + job.stderr
+    return Run(folder, job)
+
+
+def test_training_ttt_alone_leaves_moshi_untouched(ttt_only, demo_base):
+    initial = dict(initial_model(ttt_only).named_parameters())
+    saved = ttt_only.checkpoint(2)
+    moshi = {name for name in initial if not is_ttt_parameter(name)}
+    assert [name for name in moshi if not torch.equal(saved[f"model.{name}"], initial[name])] == []
+    # And straight from the base's file, for all tensors that it doesn't pack.
+    base = load_file(demo_base / "model.safetensors")
+    common = [name for name in base if f"model.{name}" in saved]
+    assert len(common) > 50
+    assert all(torch.equal(saved[f"model.{name}"], base[name]) for name in common)
+    assert not any(
+        f"optimizer.state.{name}.exp_avg" in saved for name in moshi
+    )  # no memory for what isn't trained
+    check_trained(ttt_only, 2, set(initial) - moshi)
