@@ -21,7 +21,8 @@ from tests.integration.runs import (
 from tests.ranks import kill_job, ranks_command, run_ranks, start_command
 from ttt_dist.moshi.build import is_ttt_parameter
 
-pytestmark = pytest.mark.integration
+# Fixtures start up to five jobs, each with its own limit; a busy machine may need all of it.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 KILLED_AFTER, STEPS = 3, 6  # tp_run's checkpoints
 
 

@@ -18,7 +18,8 @@ from tests.integration.conftest import SECRET
 from tests.integration.runs import DEMO, TIMEOUT, TRAIN, Run, single, snapshot
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.integration
+# Fixtures start up to five jobs, each with its own limit; a busy machine may need all of it.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 TOLERANCE = 1e-6
 STEPS = 6
 STEP_KEYS = {
