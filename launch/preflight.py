@@ -27,6 +27,7 @@ from ttt_dist.moshi.build import lm_config_problems, select_layers
 from ttt_dist.moshi.release import ReleaseError, open_release
 
 FRAMES_PER_SECOND = 12.5
+NEEDED_OF_MODEL = ("dim", "num_heads", "num_layers")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -139,6 +140,13 @@ def _model_problems(
     config: TrainConfig, lm_config: Mapping[str, Any], bad_keys: frozenset[str]
 ) -> list[str]:
     problems = lm_config_problems(dict(lm_config))
+    absent = [key for key in NEEDED_OF_MODEL if not isinstance(lm_config.get(key), int)]
+    if absent:
+        return [
+            *problems,
+            f"config.json: {', '.join(absent)}: no whole number there, so it doesn't describe "
+            "Moshi's language model; check moshi_paths.config_path, or use the release's own",
+        ]
     heads, tp = lm_config["num_heads"], config.parallel.tp
     if "parallel.tp" not in bad_keys and heads % tp != 0:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]

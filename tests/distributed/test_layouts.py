@@ -102,9 +102,8 @@ def test_placement_words_and_sharded_norm(measured, world_size, layout):
     assert found["partial_gradient"] == [total, total]
     # A mean of 1e4 beside a spread of 1 costs float32 four of its seven digits on one device too.
     norm = found["norm"]
-    for name in ("output", "input gradient"):
+    for name in ("output", "input gradient", "weight gradient"):
         assert norm[name] < max(2 * norm[f"one device's {name}"], 1e-5), norm
-    assert norm["weight gradient"] < 1e-3
 
 
 @pytest.mark.parametrize(("world_size", "layout"), TP_LAYOUTS)

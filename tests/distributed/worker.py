@@ -215,6 +215,7 @@ def placement_words(mesh: Mesh) -> dict[str, Any]:
     x_plain = x.clone().requires_grad_()
     y_plain = norm(x_plain)
     y_plain.backward(cotangent)
+    plain_weight_gradient = norm.weight.grad.clone()
     own = slice(4 * rank, 4 * rank + 4)
     for name in ("weight", "bias"):
         full = getattr(norm, name).detach()
@@ -234,6 +235,7 @@ def placement_words(mesh: Mesh) -> dict[str, Any]:
         "output": error(y_own, y_exact[..., own]),
         "input gradient": error(x_own.grad, x_exact.grad[..., own]),
         "weight gradient": error(norm.weight.grad.to_local(), exact.weight.grad[own]),
+        "one device's weight gradient": error(plain_weight_gradient[own], exact.weight.grad[own]),
         "one device's output": error(y_plain[..., own], y_exact[..., own]),
         "one device's input gradient": error(x_plain.grad[..., own], x_exact.grad[..., own]),
     }
