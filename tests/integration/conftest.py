@@ -41,8 +41,8 @@ def short(paths: list[str]) -> list[str]:
     """A short run in float64, where layouts agree to the last logged step (see test_train)."""
     return [
         *paths,
-        *("param_dtype=float64", "device=cpu", "global_batch_size=2", "max_steps=6"),
-        *("ckpt_freq=3", "eval_freq=0", "eval_batches=1"),
+        *("param_dtype=float64", "device=cpu", "global_batch_size=2", "max_steps=4"),
+        *("ckpt_freq=2", "eval_freq=0", "eval_batches=1"),
     ]
 
 

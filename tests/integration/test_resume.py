@@ -23,7 +23,7 @@ from ttt_dist.moshi.build import is_ttt_parameter
 
 # Fixtures start up to five jobs, each with its own limit; a busy machine may need all of it.
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-KILLED_AFTER, STEPS = 3, 6  # tp_run's checkpoints
+KILLED_AFTER, STEPS = 2, 4  # tp_run's checkpoints
 
 
 class Resumed(NamedTuple):
@@ -77,7 +77,7 @@ def test_steps_after_a_resume_are_bitwise_those_of_an_uninterrupted_run(resumed,
 
 
 def test_final_checkpoints_are_bitwise_equal(resumed, tp_run):
-    assert resumed.run.checkpoints == tp_run.checkpoints == ["step-000003", "step-000006"]
+    assert resumed.run.checkpoints == tp_run.checkpoints == ["step-000002", "step-000004"]
     found, expected = resumed.run.checkpoint(STEPS), tp_run.checkpoint(STEPS)
     assert found.keys() == expected.keys()
     kinds = {name.split(".")[0] for name in expected}
@@ -99,7 +99,6 @@ def refused(short, tp_run, tmp_path_factory):
         {
             "existing": [*short, f"run_dir={tp_run.folder}"],
             "other layout": [*short, f"run_dir={tp_run.folder}", "resume=true"],
-            "other settings": [*short, f"run_dir={tp_run.folder}", "resume=true", "seed=5"],
             "no checkpoint": [*short, f"run_dir={empty}", "resume=true"],
         }
     )
@@ -111,7 +110,6 @@ def refused(short, tp_run, tmp_path_factory):
     [
         ("existing", ["run_dir: ", "exists and isn't empty", "resume=true"]),
         ("other layout", ["resume: ", "'tp': 2", "'tp': 1", "same number of ranks"]),
-        ("other settings", ["seed: found 5", "began with 0"]),
         ("no checkpoint", ["resume: ", "holds no checkpoint"]),
     ],
 )
