@@ -145,16 +145,22 @@ def checkpoint_problems(config: TrainConfig, layout: Mapping[str, int]) -> list[
         ]
     newest = checkpoints[-1]
     try:
-        saved = read_progress(newest).layout
+        saved = read_progress(newest)
     except CheckpointError as error:
         return [f"resume: {error}"]
-    if saved == layout:
-        return []
-    return [
-        f"resume: {newest} was saved on {saved}, this job has {dict(layout)}; going on with "
-        "another layout isn't built yet: start the same number of ranks with the same parallel "
-        "section"
-    ]
+    problems = []
+    if saved.step >= config.max_steps:
+        problems.append(
+            f"resume: {newest} has done {saved.step} steps and max_steps is {config.max_steps}, so "
+            "nothing is left to do; raise max_steps to train on"
+        )
+    if saved.layout != layout:
+        problems.append(
+            f"resume: {newest} was saved on {saved.layout}, this job has {dict(layout)}; going on "
+            "with another layout isn't built yet: start the same number of ranks with the same "
+            "parallel section"
+        )
+    return problems
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def refused(short, tp_run, tmp_path_factory):
     ("name", "parts"),
     [
         ("existing", ["run_dir: ", "exists and isn't empty", "resume=true"]),
-        ("other layout", ["resume: ", "'tp': 2", "'tp': 1", "same number of ranks"]),
+        ("other layout", ["resume: ", "'tp': 2", "same number of ranks", "nothing is left to do"]),
         ("no checkpoint", ["resume: ", "holds no checkpoint"]),
     ],
 )
