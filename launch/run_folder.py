@@ -281,6 +281,7 @@ def versions() -> dict[str, str | None]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
+    found["torch"] = torch.__version__  # with the build, e.g. +cu130
     found["cuda"] = torch.version.cuda
     return found
 
