@@ -147,13 +147,8 @@ def _model_problems(
             f"config.json: {', '.join(absent)}: no whole number there, so it doesn't describe "
             "Moshi's language model; check moshi_paths.config_path, or use the release's own",
         ]
-    heads, tp = lm_config["num_heads"], config.parallel.tp
-    if "parallel.tp" not in bad_keys and heads % tp != 0:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-        problems.append(
-            f"parallel.tp: found {tp}, which doesn't divide the model's {heads} heads; "
-            f"allowed: {', '.join(map(str, divisors))}"
-        )
+    if "parallel.tp" not in bad_keys:
+        problems += _splitting_problems(lm_config, config.parallel.tp)
     if not config.ttt.enable:
         return problems
     if "ttt.layers" not in bad_keys:
@@ -165,6 +160,39 @@ def _model_problems(
         build_ttt_config(config.ttt, lm_config)
     except ValueError as error:
         problems.append(f"ttt: doesn't fit this model: {error}")
+    return problems
+
+
+def _splitting_problems(lm_config: Mapping[str, Any], tp: int) -> list[str]:
+    """Why tp can't split this model's heads and feed-forward features."""
+    if tp == 1:
+        return []
+    heads = lm_config["num_heads"]
+    if heads % tp != 0:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        return [
+            f"parallel.tp: found {tp}, which doesn't divide the model's {heads} heads; "
+            f"allowed: {', '.join(map(str, divisors))}"
+        ]
+    problems = []
+    if lm_config.get("kv_repeat", 1) != 1:
+        problems.append(
+            f"parallel.tp: found {tp}, but the release has kv_repeat = "
+            f"{lm_config['kv_repeat']}, and such attention isn't split over ranks yet; allowed: 1"
+        )
+    if lm_config.get("gating", "none") == "none":
+        problems.append(
+            f"parallel.tp: found {tp}, but the release's feed-forward has no gating, and such a "
+            "one isn't split over ranks yet; allowed: 1"
+        )
+    width = int(lm_config.get("hidden_scale", 4) * lm_config["dim"])
+    # The width that moshi's ActivationGating makes of it.
+    features = 21 * lm_config["dim"] // 8 if width == 4 * lm_config["dim"] else 2 * width // 3
+    if features % tp:
+        problems.append(
+            f"parallel.tp: found {tp}, which doesn't divide the {features} features of the model's "
+            "feed-forward; allowed are divisors of heads and features"
+        )
     return problems
 
 

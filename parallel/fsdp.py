@@ -27,12 +27,13 @@ def apply_fsdp(
 
     | unit | mesh | computes in |
     |---|---|---|
-    | TTT layer | dp_shard, its heads being split over tp | its master dtype |
-    | layers of Moshi and Depformer, with α | dp_shard × tp | `compute_dtype` |
-    | root: embeddings, last norms, heads | dp_shard × tp | `compute_dtype` |
+    | TTT layer | dp_shard, heads being split over tp | its master dtype |
+    | Moshi's layers, with α | dp_shard, heads and features being split over tp | `compute_dtype` |
+    | Depformer's layers; root: embeddings, last norms, heads | dp_shard × tp | `compute_dtype` |
 
     TTT layers keep their master dtype when gathered: the inner weights, norms and learning rate
-    start a float32 recurrence, and the layer itself casts its projections to the input's dtype.
+    start a float32 recurrence, and the layer itself casts its projections to the input's dtype. A
+    layer's norms and α are the same on all tp ranks, which compute the same gradients for them.
 
     Args:
         compute_dtype: dtype of Moshi's gathered weights and activations.
@@ -45,14 +46,14 @@ def apply_fsdp(
     ttt = MixedPrecisionPolicy(
         param_dtype=None, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
-    layers = transformer_layers(model)
-    for layer in layers:
+    for layer in transformer_layers(model):
         if layer.ttt is not None:
-            _shard(layer.ttt.layer, mesh.head_sharded, ttt, reshard_after_forward)
-    for layer in layers + depformer_layers(model):
-        _shard(layer, mesh.repeated, backbone, reshard_after_forward)
+            _shard(layer.ttt.layer, mesh.fsdp, ttt, reshard_after_forward)
+        _shard(layer, mesh.fsdp, backbone, reshard_after_forward)
+    for layer in depformer_layers(model):
+        _shard(layer, mesh.fsdp_tp, backbone, reshard_after_forward)
     # The root's weights are needed last in the forward and first in the backward.
-    _shard(model, mesh.repeated, backbone, False)
+    _shard(model, mesh.fsdp_tp, backbone, False)
 
 
 def _shard(

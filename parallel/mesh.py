@@ -30,19 +30,18 @@ class Mesh:
 
     Attributes:
         tp: one axis, or None where tp is 1.
-        head_sharded: FSDP2's mesh for parameters that tp splits by head: (`dp_replicate`,)
-            `dp_shard`.
-        repeated: FSDP2's mesh for parameters of what all tp ranks compute alike: (`dp_replicate`,)
-            `dp_shard x tp` flattened. Sharding them over tp too saves memory, and their gradients'
-            average over it keeps the tp ranks' copies equal for good.
+        fsdp: FSDP2's mesh for layers that tp splits: (`dp_replicate`,) `dp_shard`.
+        fsdp_tp: FSDP2's mesh for what all tp ranks compute alike: (`dp_replicate`,)
+            `dp_shard x tp` as one axis. Sharding over tp too saves memory, and the average of
+            gradients over it keeps the tp ranks' copies equal for good.
         dp_rank, dp_size: which share of a step's samples this rank reads; ranks of one tp group
             read the same.
         dp_group: ranks that hold different samples, for sums over a step's data.
     """
 
     tp: DeviceMesh | None
-    head_sharded: DeviceMesh
-    repeated: DeviceMesh
+    fsdp: DeviceMesh
+    fsdp_tp: DeviceMesh
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup | None
@@ -101,8 +100,8 @@ def build_mesh(layout: Layout) -> Mesh:
     batch = dims.get_optional_mesh("batch")
     return Mesh(
         tp=dims.get_optional_mesh("tp"),
-        head_sharded=_fsdp_mesh(dims),
-        repeated=_fsdp_tp_mesh(dims),
+        fsdp=_fsdp_mesh(dims),
+        fsdp_tp=_fsdp_tp_mesh(dims),
         dp_rank=0 if batch is None else batch.get_local_rank(),
         dp_size=layout.dp_replicate * dp_shard,
         dp_group=None if batch is None else batch.get_group(),

@@ -1,22 +1,21 @@
-"""Tensor parallelism: which parameter of a TTT layer lies how on the tp axis.
+"""Tensor parallelism: which parameter of a hybrid layer lies how on the tp axis.
 
-Heads are split over the axis. A TTT layer then gets its input as a replicated DTensor, computes on
-its own heads, and gives a plain output that is the same on all ranks of the axis (`layer.py` says
-where it communicates).
+Heads and feed-forward features are split over the axis. Activations between the blocks are plain
+tensors, the same on all its ranks: attention, TTT and feed-forward each enter their shards
+(`placement.enter_shards`: one all-reduce of gradients) and sum what these give
+(`placement.sum_shards`: one all-reduce in the forward).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from ttt_dist.layer import TTTLayer
-from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTMoshi
 from ttt_dist.moshi.build import transformer_layers
-from ttt_dist.placement import BY_HEAD, BY_INPUT, REPLICATED
+from ttt_dist.placement import BY_BLOCK_ROW, BY_HEAD, BY_INPUT, REPLICATED
 
 # Parameter of TTTLayer -> placement on the tp axis.
 TTT_PLACEMENTS: dict[str, tuple[Placement, ...]] = {
@@ -41,41 +40,73 @@ TTT_PLACEMENTS: dict[str, tuple[Placement, ...]] = {
 }
 
 
-def apply_tensor_parallel(model: TTTMoshi, mesh: DeviceMesh) -> int:
-    """Split the heads of every TTT layer over `mesh` (one axis, named tp).
+# Parameter of one of Moshi's layers -> placement on the tp axis; its other parameters, the norms
+# and the gate α, are whole on every rank.
+LAYER_PLACEMENTS: dict[str, tuple[Placement, ...]] = {
+    "self_attn.in_projs.0.weight": BY_BLOCK_ROW,  # [3, D, D]: q, k, v, each by head
+    "self_attn.out_projs.0.weight": BY_INPUT,
+    "gating.linear_in.weight": BY_BLOCK_ROW,  # [2, F, D]: both halves, by feature
+    "gating.linear_out.weight": BY_INPUT,
+}
 
-    Returns:
-        The number of layers split.
+
+def apply_tensor_parallel(model: TTTMoshi, mesh: DeviceMesh) -> None:
+    """Split attention, feed-forward and TTT of every main layer over `mesh` (one axis, tp).
 
     Raises:
-        ValueError: the axis does not divide the heads.
+        ValueError: the axis does not divide heads or features, or a layer's weights are packed in a
+            way that cannot be split.
     """
-    layers = [layer.ttt.layer for layer in transformer_layers(model) if layer.ttt is not None]
-    for layer in layers:
-        split_heads(layer, mesh)
-    return len(layers)
+    for index, layer in enumerate(transformer_layers(model)):
+        try:
+            split_layer(layer, mesh)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error
+
+
+def split_layer(layer: HybridStreamingTransformerLayer, mesh: DeviceMesh) -> None:
+    """Split one hybrid layer; its forward then gives the same output on all ranks of the axis."""
+    if not layer.splittable:
+        raise ValueError(
+            "parallel.tp: its attention (kv_repeat, cross-attention) or its feed-forward (no "
+            "gating) cannot be split over ranks yet; allowed: tp = 1"
+        )
+    _distribute(layer, LAYER_PLACEMENTS, mesh)
+    # What is left to a rank is attention over fewer heads.
+    layer.self_attn.num_heads //= mesh.size()
+    layer.self_attn.embed_dim //= mesh.size()
+    if layer.ttt is not None:
+        split_heads(layer.ttt.layer, mesh)
 
 
 def split_heads(layer: TTTLayer, mesh: DeviceMesh) -> None:
-    """Make `layer`'s parameters DTensors on `mesh` and its input a replicated one."""
-    heads = layer.config.num_heads
-    if heads % mesh.size():
-        raise ValueError(
-            f"parallel.tp: found {mesh.size()}, allowed are divisors of the {heads} TTT heads"
-        )
-    for name, parameter in list(layer.named_parameters()):
+    """Split the heads of one TTT layer."""
+    _distribute(layer, TTT_PLACEMENTS, mesh)
+
+
+def _distribute(
+    module: nn.Module, placements: dict[str, tuple[Placement, ...]], mesh: DeviceMesh
+) -> None:
+    parameters = {name: module.get_parameter(name) for name in placements if _has(module, name)}
+    for name, parameter in parameters.items():
+        for placement in placements[name]:
+            if isinstance(placement, Shard) and parameter.shape[placement.dim] % mesh.size():
+                raise ValueError(
+                    f"parallel.tp: found {mesh.size()}, allowed are divisors of the "
+                    f"{parameter.shape[placement.dim]} rows (dim {placement.dim}) of {name}"
+                )
+    for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         # src_data_rank=None: every rank cuts its part from its own full copy (or from the meta
         # device); initial values do not depend on the rank.
-        placed = distribute_tensor(parameter, mesh, TTT_PLACEMENTS[name], src_data_rank=None)
+        placed = distribute_tensor(parameter, mesh, placements[name], src_data_rank=None)
         setattr(
-            layer.get_submodule(owner),
+            module.get_submodule(owner),
             leaf,
             nn.Parameter(placed, requires_grad=parameter.requires_grad),
         )
 
-    def replicate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x: Tensor = args[0]
-        return (DTensor.from_local(x, mesh, REPLICATED, run_check=False), *args[1:])
 
-    layer.register_forward_pre_hook(replicate_input)
+def _has(module: nn.Module, name: str) -> bool:
+    """TTT-Linear has no second inner layer; every other name of a table must be there."""
+    return name not in ("W2", "b2") or name in dict(module.named_parameters(recurse=False))

@@ -20,7 +20,7 @@ from ttt_dist.ops import (
     ttt_linear,
     ttt_mlp,
 )
-from ttt_dist.placement import BY_HEAD, BY_INPUT, PARTIAL, REPLICATED, sum_shards, to_local
+from ttt_dist.placement import BY_HEAD, BY_INPUT, REPLICATED, enter_shards, sum_shards, to_local
 
 POST_NORM_EPS = 1e-6
 STD_EPS = 1e-8
@@ -90,7 +90,7 @@ class TTTLayer(nn.Module):
         """Read `L` frames.
 
         Args:
-            x: `[B, L, D]`; under tensor parallelism a DTensor replicated over its axis.
+            x: `[B, L, D]`, plain; under tensor parallelism the same on all ranks of its axis.
             state: what an earlier call on the same streams returned; None at a stream's start.
             frame_mask: `[B, L]` bool, False for padded frames at the end: they leave the state
                 untouched.
@@ -100,9 +100,8 @@ class TTTLayer(nn.Module):
             with tensors of this rank's own heads.
         """
         C = self.config.mini_batch_size
-        # Every path from x runs through own heads only, so its gradient is partial. It is reduced
-        # in float32 (with the sums of wo below): bf16 sums over ranks lose what training needs.
-        x_local = to_local(_at_least_float32(x), grad_placements=PARTIAL).to(x.dtype)  # [B, L, D]
+        # All paths from x, to q, k, v and eta, run through own heads: one sum for all gradients.
+        x_local = enter_shards(x, like=self.wq.weight)  # [B, L, D]
         if state is None:
             state = self.initial_state(x.shape[0])
         positions = stream_positions(state.offset, x.shape[1])  # [B, L]
@@ -135,9 +134,9 @@ class TTTLayer(nn.Module):
         out = out.transpose(1, 2).flatten(2)  # [B, L, own H * d]
         out = self.post_norm(out).to(x.dtype)
         y = F.linear(out, to_local(self.wo.weight, grad_placements=BY_INPUT).to(x.dtype))
-        y = sum_shards(_at_least_float32(y), like=x)
+        y = sum_shards(y, like=self.wo.weight)
         # Added once, after the reduction: each rank's own copy would count it `tp` times.
-        return (y + to_local(self.wo.bias, grad_placements=REPLICATED)).to(x.dtype), state
+        return y + to_local(self.wo.bias, grad_placements=REPLICATED).to(x.dtype), state
 
     def _own_heads(self, parameter: Tensor) -> Tensor:
         return to_local(parameter, grad_placements=BY_HEAD)

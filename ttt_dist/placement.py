@@ -1,4 +1,4 @@
-"""The DTensor words that the model speaks: `to_local`, `place_into`, `gather_shards`.
+"""The DTensor words that the model speaks: `to_local` and `place_into`, and sums over shards.
 
 The model is written on local tensors and runs unchanged on one device: on a plain tensor each of
 these is the identity. `parallel/tensor_parallel.py` decides which tensors are DTensors.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -19,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 # What a tensor of a head-sharded layer is on the tensor-parallel axis (one axis: one placement).
 BY_HEAD: tuple[Placement, ...] = (Shard(0),)  # parameters whose dim 0 runs over heads
 BY_INPUT: tuple[Placement, ...] = (Shard(1),)  # row-parallel weights, split along their input dim
+BY_BLOCK_ROW: tuple[Placement, ...] = (Shard(1),)  # packed [parts, rows, inputs], by rows
 PARTIAL: tuple[Placement, ...] = (Partial(),)
 REPLICATED: tuple[Placement, ...] = (Replicate(),)
 
@@ -77,20 +79,40 @@ def place_into(
     )
 
 
-def sum_shards(local: Tensor, like: Tensor) -> Tensor:
-    """The sum over ranks of local contributions to a tensor shaped like `like`; one all-reduce.
+def enter_shards(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, the same on all ranks, for use with each rank's shard of `like`.
 
-    The result is the same on every rank and feeds computations that every rank repeats, so its
-    gradient is the same everywhere too and the backward needs no communication.
+    Each rank's use gives a part of `x`'s gradient; the backward sums them by one all-reduce, in
+    float32 at least: sums over ranks in bfloat16 lose what training needs.
 
     Args:
-        local: this rank's contribution, of `like`'s global shape.
-        like: template that tells mesh and shape; on a plain one `local` is returned.
+        x: plain tensor, equal on all ranks of `like`'s mesh.
+        like: tells the mesh; where it is a plain tensor, `x` is returned.
     """
-    placed = place_into(local, like, PARTIAL)
-    if not isinstance(placed, DTensor):
-        return placed
-    return placed.redistribute(placements=REPLICATED).to_local(grad_placements=REPLICATED)
+    if not isinstance(like, DTensor):
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    replicated = DTensor.from_local(wide, like.device_mesh, REPLICATED, run_check=False)
+    return replicated.to_local(grad_placements=PARTIAL).to(x.dtype)
+
+
+def sum_shards(local: Tensor, like: Tensor) -> Tensor:
+    """The sum over ranks of contributions made with each rank's shard of `like`; one all-reduce.
+
+    Summed in float32 at least. The result is the same on every rank and feeds computations that
+    every rank repeats, so its gradient is the same everywhere and the backward needs no
+    communication.
+
+    Args:
+        local: this rank's contribution, plain, of the result's shape and dtype.
+        like: tells the mesh; where it is a plain tensor, `local` is returned.
+    """
+    if not isinstance(like, DTensor):
+        return local
+    wide = local.to(torch.promote_types(local.dtype, torch.float32))
+    partial = DTensor.from_local(wide, like.device_mesh, PARTIAL, run_check=False)
+    total = partial.redistribute(placements=REPLICATED)
+    return total.to_local(grad_placements=REPLICATED).to(local.dtype)
 
 
 def gather_shards(local: Tensor, like: Tensor, dim: int) -> Tensor:
@@ -107,6 +129,20 @@ def gather_shards(local: Tensor, like: Tensor, dim: int) -> Tensor:
         return local
     placed = DTensor.from_local(local, like.device_mesh, (Shard(dim),), run_check=False)
     return placed.redistribute(placements=REPLICATED).to_local(grad_placements=PARTIAL)
+
+
+def shard_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part of `tensor` lies in the whole: one slice a dim.
+
+    For a plain tensor that is all of it; a DTensor may be sharded along any dims, evenly or not.
+    """
+    shape: Sequence[int] = tensor.shape
+    offset: Sequence[int] = [0] * tensor.ndim
+    if isinstance(tensor, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+    return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
 
 
 def own_slices(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

@@ -108,12 +108,13 @@ def test_placement_words_and_sharded_norm(measured, world_size, layout):
 
 @pytest.mark.parametrize(("world_size", "layout"), TP_LAYOUTS)
 def test_layer_equals_the_unsplit_one_with_little_traffic(measured, world_size, layout):
-    """1e-10 in float64: the same sums in another order."""
+    """1e-6 in float64: Moshi's two norms compute in float32 whatever the layer's dtype."""
     found = measured(world_size)[f"layer {layout}"]
-    assert found["error"][0] < 1e-10, found["error"]
-    # The norm's statistics and the output's sum; the statistics' gradients and the input's.
-    assert found["forward"] == {"all_gather_into_tensor": 1, "all_reduce": 1}
-    assert found["backward"] == {"reduce_scatter_tensor": 1, "all_reduce": 1}
+    assert found["error"][0] < 1e-6, found["error"]
+    # Attention, TTT and feed-forward sum their outputs, in the backward their inputs' gradients;
+    # TTT's norm gathers two float32 statistics a token. Nothing gathers weights or activations.
+    assert found["forward"] == {"all_gather_into_tensor": 1, "all_reduce": 3}
+    assert found["backward"] == {"reduce_scatter_tensor": 1, "all_reduce": 3}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -31,10 +31,9 @@ from parallel.checkpoint import load_checkpoint, save_checkpoint
 from parallel.mesh import Layout, Mesh, build_mesh, init_process_group
 from parallel.parallelize import ParallelPlan, parallelize
 from parallel.reduce import clip_gradients
-from parallel.tensor_parallel import split_heads
-from ttt_dist.layer import TTTLayer
+from parallel.tensor_parallel import split_layer
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import build_model, is_ttt_parameter
+from ttt_dist.moshi.build import build_model, is_ttt_parameter, transformer_layers
 from ttt_dist.moshi.context import read_attention_contexts, set_attention_contexts
 from ttt_dist.moshi.loss import LossConfig
 from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
@@ -243,20 +242,23 @@ def placement_words(mesh: Mesh) -> dict[str, Any]:
 
 
 def layer_traffic(mesh: Mesh) -> dict[str, Any]:
-    """Collectives of one TTT layer on the tp axis, and its agreement with the unsplit layer."""
+    """Collectives of one hybrid layer on the tp axis, and its agreement with the unsplit layer."""
     assert mesh.tp is not None
-    torch.manual_seed(0)
-    plain = TTTLayer(tiny.ttt_placement().layer).double()
-    split = TTTLayer(tiny.ttt_placement().layer).double()
+    plain, split = (
+        transformer_layers(build_model(tiny.LM_CONFIG, tiny.ttt_placement(), device="cpu"))[1]
+        for _ in range(2)
+    )
+    plain, split = plain.double(), split.double()
     split.load_state_dict(plain.state_dict())
-    split_heads(split, mesh.tp)
+    split_layer(split, mesh.tp)
+    torch.manual_seed(0)
     x = torch.randn(2, FRAMES, tiny.LM_CONFIG["dim"], dtype=torch.float64)
     x_plain, x_split = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y_plain, _ = plain(x_plain)
+    y_plain = plain(x_plain)
     y_plain.square().sum().backward()
-    counts = {}
+    counts: dict[str, Any] = {}
     with CommDebugMode() as forward:
-        y_split, _ = split(x_split)
+        y_split = split(x_split)
     with CommDebugMode() as backward:
         y_split.square().sum().backward()
     for name, mode in (("forward", forward), ("backward", backward)):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from launch.preflight import (
     run_warnings,
 )
 
-TINY = {"dim": 128, "num_heads": 8, "num_layers": 4}
+TINY = {"dim": 128, "num_heads": 8, "num_layers": 4, "gating": "silu", "hidden_scale": 4.125}
 DEMO = REPO_ROOT / "configs" / "demo.yaml"
 
 
@@ -128,6 +129,25 @@ def test_odd_head_dim_is_refused(tmp_path: Path) -> None:
     (problem,) = check_run(demo(tmp_path), world_size=2, lm_config=lm_config)
     assert problem.startswith("ttt:")
     assert "15" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"kv_repeat": 2}, "kv_repeat = 2"),
+        ({"gating": "none"}, "no gating"),
+        # 128 * 4.2 is 537, and two thirds of it 358: an even width, but no multiple of 4.
+        ({"hidden_scale": 4.2}, "358 features"),
+    ],
+)
+def test_a_model_that_tp_cannot_split_is_refused(
+    tmp_path: Path, changes: dict[str, Any], part: str
+) -> None:
+    lm_config = {**TINY, **changes}
+    (problem,) = check_run(demo(tmp_path, "parallel.tp=4"), world_size=4, lm_config=lm_config)
+    assert problem.startswith("parallel.tp: found 4")
+    assert part in problem
+    assert check_run(demo(tmp_path), world_size=4, lm_config=lm_config) == []
 
 
 def test_nothing_is_concluded_from_wrong_keys(tmp_path: Path) -> None:

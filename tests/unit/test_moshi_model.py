@@ -23,6 +23,7 @@ from ttt_dist.moshi.build import (
     transformer_layers,
     without_ttt,
 )
+from ttt_dist.moshi.packed import stock_state_dict
 
 
 def same_logits(first: LMOutput, second: LMOutput) -> bool:
@@ -65,8 +66,9 @@ def test_without_ttt_is_undone_after_an_error():
 
 def test_names_and_values_are_stock_moshis_apart_from_ttt():
     model, stock = hybrid_model(ttt_placement()), stock_model()
-    base = {k: v for k, v in model.state_dict().items() if ".ttt." not in k}
+    base = {k: v for k, v in stock_state_dict(model).items() if ".ttt." not in k}
     assert len(base) < len(model.state_dict())
+    assert set(model.state_dict()) == set(stock_state_dict(model))
     fresh = LMModel(device="cpu", **LM_CONFIG)
     fresh.load_state_dict(base, strict=True)
     for name, value in stock.named_parameters():

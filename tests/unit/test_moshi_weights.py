@@ -16,6 +16,7 @@ from tests.distributed.tiny import (
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import TTTPlacement, build_model, is_ttt_parameter
+from ttt_dist.moshi.packed import stock_state_dict
 from ttt_dist.moshi.release import ReleaseError
 from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
 
@@ -46,7 +47,7 @@ def is_blank(model: TTTMoshi) -> bool:
 def test_release_fills_everything_but_ttt(release_file, dtype):
     model, stock = blank_model(ttt_placement(), dtype), stock_model()
     load_base_weights(model, release_file)
-    for name, value in model.named_parameters():
+    for name, value in stock_state_dict(model).items():
         if is_ttt_parameter(name):
             assert torch.all(value == 5), name
         else:
@@ -61,7 +62,8 @@ def test_an_unpacked_file_loads_too(tmp_path):
     save_file(dict(stock.state_dict()), path)
     model = blank_model()
     load_base_weights(model, path)
-    assert all(torch.equal(v, stock.get_parameter(n)) for n, v in model.named_parameters())
+    loaded = stock_state_dict(model)
+    assert all(torch.equal(v, stock.get_parameter(n)) for n, v in loaded.items())
 
 
 def test_all_mismatches_in_one_message_and_nothing_copied(release_file):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.layer import TTTLayer
+from ttt_dist.moshi.packed import pack_attention, pack_gating
 
 _NO_STREAMING = (
     "streaming inference of layers with TTT is not built yet: Moshi's streaming API would forget "
@@ -66,6 +67,10 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
     instead of keeping its activations; `parallel/activation.py` sets it. (A wrapper module would
     change the parameters' names.) `skip_ttt` leaves the block out, for comparisons
     (`build.without_ttt`).
+
+    The packed weights of self-attention and gated feed-forward are kept in a shape that tensor
+    parallelism can cut (`packed.py`); `splittable` tells whether all of the layer's are. Layers
+    with weights per step, as the Depformer's, stay as they are.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,6 +78,9 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
         self.ttt: TTTBlock | None = None
         self.checkpoint_activations = False
         self.skip_ttt = False
+        packed = [not self.skip_self_attn and pack_attention(self.self_attn)]
+        packed.append(pack_gating(self.gating))
+        self.splittable = all(packed) and self.cross_attention is None
 
     def add_ttt(self, block: TTTBlock) -> None:
         """Put `block` between attention and feed-forward (before any streaming call)."""

@@ -6,6 +6,7 @@ from moshi.models.lm import LMModel
 from torch import nn
 
 from ttt_dist.moshi.build import transformer_layers
+from ttt_dist.moshi.packed import packed_parameters
 
 # State-sized products of a frame's inner step, forward. TTT.md counts 7 for TTT-MLP; TTT-Linear has
 # K W, Q W and the update.
@@ -26,10 +27,13 @@ def flops_per_frame(model: LMModel, frames: int) -> float:
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
+    packed = packed_parameters(model)
     weights = sum(
         value.numel()
         for name, value in model.named_parameters()
-        if value.ndim == 2 and id(value) not in embeddings and "ttt_norm" not in name
+        if (value.ndim == 2 or name in packed)
+        and id(value) not in embeddings
+        and "ttt_norm" not in name
     )
     operations = 2.0 * weights
     for layer in transformer_layers(model):

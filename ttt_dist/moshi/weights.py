@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ttt_dist.layer import initial_value
 from ttt_dist.moshi.build import is_ttt_parameter
+from ttt_dist.moshi.packed import packed_parameters
 from ttt_dist.moshi.release import ReleaseError
-from ttt_dist.placement import own_slices
+from ttt_dist.placement import place_into, shard_slices
 
 # Released files pack the attention weights of all Depformer steps into one tensor, as moshi's own
 # load hook unpacks them: `self_attn.in_proj_weight [steps * 3D, D]` holds `in_projs.{step}.weight`.
@@ -47,6 +48,7 @@ def load_base_weights(model: nn.Module, path: Path) -> None:
         for name, parameter in model.named_parameters()
         if not is_ttt_parameter(name)
     }
+    packed = packed_parameters(model)
     try:
         with safe_open(path, framework="pt") as file:
             sources, unexpected = _match_names(wanted, set(file.keys()))
@@ -59,7 +61,7 @@ def load_base_weights(model: nn.Module, path: Path) -> None:
             parts = Counter(key for key, _ in sources.values())
             for name, (key, part) in sources.items():
                 found = list(file.get_slice(key).get_shape())
-                expected = list(wanted[name].shape)
+                expected = _stock_shape(name, wanted[name], packed)
                 stacked = expected if part is None else [parts[key] * expected[0], *expected[1:]]
                 if found != stacked:
                     shapes.append(f"{name}: found {found} in {key}, allowed {stacked}")
@@ -70,7 +72,11 @@ def load_base_weights(model: nn.Module, path: Path) -> None:
                     f"{path} does not fit the model of its config.json: {'; '.join(problems)}"
                 )
             for name, (key, part) in sources.items():
-                _copy_slice(wanted[name], file.get_slice(key), part)
+                rows = (part or 0) * _stock_shape(name, wanted[name], packed)[0]
+                if name in packed:
+                    _copy_packed(wanted[name], file.get_slice(key))
+                else:
+                    _copy_slice(wanted[name], file.get_slice(key), first_row=rows)
     except SafetensorError as error:
         raise ReleaseError(f"{path}: cannot be read as safetensors: {error}") from error
 
@@ -98,8 +104,7 @@ def init_ttt_weights(model: nn.Module, seed: int) -> int:
                 digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 initial_value(name, full, generator)
-            local, slices = own_slices(parameter)
-            local.copy_(full[slices])
+            _fill(parameter, full[shard_slices(parameter)])
             count += parameter.numel()
     return count
 
@@ -128,15 +133,33 @@ def _match_names(
     return sources, keys - used
 
 
-def _copy_slice(parameter: nn.Parameter, source: Any, part: int | None) -> None:
-    local, slices = own_slices(parameter)
-    if local.numel() == 0:
-        return
-    if part is not None:
-        offset = part * parameter.shape[0]
-        slices = (slice(slices[0].start + offset, slices[0].stop + offset), *slices[1:])
+def _stock_shape(name: str, parameter: nn.Parameter, packed: set[str]) -> list[int]:
+    """The shape that a release has: `[parts, rows, inputs]` of `packed.py` is one matrix there."""
+    shape = list(parameter.shape)
+    return [shape[0] * shape[1], *shape[2:]] if name in packed else shape
+
+
+def _copy_slice(parameter: nn.Parameter, source: Any, first_row: int) -> None:
+    """This rank's part of the rows of `source` from `first_row` on."""
+    rows, *others = shard_slices(parameter)
+    rows = slice(rows.start + first_row, rows.stop + first_row)
+    _fill(parameter, source[(rows, *others)])
+
+
+def _copy_packed(parameter: nn.Parameter, source: Any) -> None:
+    """This rank's rows of every part, from `source [parts * rows, inputs]`."""
+    parts, rows, inputs = shard_slices(parameter)
+    firsts = [part * parameter.shape[1] for part in range(parts.start, parts.stop)]
+    values = [source[first + rows.start : first + rows.stop, inputs] for first in firsts]
+    if values:  # FSDP leaves a rank without any where it has to cut the parts
+        _fill(parameter, torch.stack(values))
+
+
+def _fill(parameter: nn.Parameter, own_values: Tensor) -> None:
+    """Give a parameter the values of this rank's part; a part of another shape is an error."""
+    values = own_values.to(parameter.device, parameter.dtype)
     with torch.no_grad():
-        local.copy_(source[slices])
+        parameter.copy_(place_into(values, like=parameter))
 
 
 def _shorten(names: list[str]) -> str:
