@@ -77,6 +77,10 @@ def test_layout_trains_the_same_model(measured, world_size, layout, dtype):
     found = measured(world_size)[f"{dtype} {layout}"]
     check_training(found, dtype)
     assert found["untrained"] == []
+    # Parameters, gradients and moments are shared out; norms and gates alone are whole on tp.
+    elements = found["elements"]
+    assert elements["held"] <= elements["allowed"], elements
+    assert elements["extra"] < 0.02 * elements["total"], elements
     assert found["contexts"] == [[False, 7], [True, 5], [True, 5], [False, 7]]
 
 
@@ -113,6 +117,9 @@ def test_layer_equals_the_unsplit_one_with_little_traffic(measured, world_size, 
     assert found["error"][0] < 1e-6, found["error"]
     # Attention, TTT and feed-forward sum their outputs, in the backward their inputs' gradients;
     # TTT's norm gathers two float32 statistics a token. Nothing gathers weights or activations.
+    # A rank does its share of the matrix work, attention and inner steps included.
+    ranks = 4 if layout == "tp 4" else 2
+    assert found["work"] == pytest.approx(1 / ranks, rel=0.05)
     assert found["forward"] == {"all_gather_into_tensor": 1, "all_reduce": 3}
     assert found["backward"] == {"reduce_scatter_tensor": 1, "all_reduce": 3}
 
@@ -125,3 +132,20 @@ def test_checkpoint_of_another_layout_loads_bitwise(measured, world_size, direct
     assert found["same_names"]
     assert found["moments"] > 100
     assert found["different"] == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "place_into returns its second argument",
+        "no grad_placements",
+        "plain Shard(0) on packed weights",
+        "post_norm over own heads",
+        "TTT gradients not reduced over dp",
+        "loss divided by local weights",
+    ],
+)
+def test_the_comparison_catches_a_planted_fault(measured, fault):
+    """Sound layouts stay below 1e-6; each of these mistakes is off by thousands of times that."""
+    error, _ = measured(2)[f"fault {fault}"]["gradients"]
+    assert not error < 1e-3  # a NaN is caught too

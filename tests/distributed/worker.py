@@ -20,9 +20,12 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import tiny
 import torch
 import torch.distributed as dist
+from faults import FAULTS, Fault
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.flop_counter import FlopCounterMode
+from torchtitan.components.optimizer import OptimizersContainer
 
 from launch.optim import build_optimizers, build_schedule
 from launch.schema import OptimConfig
@@ -169,7 +172,48 @@ def compare_training(
         plain_optimizer.step()
     final = {n: (parameters[n].detach(), references[n].detach()) for n in names}
     result["parameters"] = worst(relative_errors(final))
+    result["elements"] = elements_held(model, optimizers, mesh)
     return result
+
+
+def elements_held(model: TTTMoshi, optimizers: OptimizersContainer, mesh: Mesh) -> dict[str, float]:
+    """Elements of parameters, gradients and moments: this rank's, and what it may hold at most."""
+
+    def own(tensor: Tensor) -> int:
+        return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+    held = total = whole_on_tp = 0
+    for parameter in model.parameters():
+        tensors = [parameter, parameter.grad]
+        state = optimizers.optimizers[0].state[parameter]
+        tensors += [state.get("exp_avg"), state.get("exp_avg_sq")]
+        present = [t for t in tensors if t is not None]
+        held += sum(own(t) for t in present)
+        total += len(present) * parameter.numel()
+        axes = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
+        over_tp = [p for a, p in zip(axes, parameter.placements) if "tp" in a]
+        if not any(isinstance(p, Shard) for p in over_tp):
+            whole_on_tp += len(present) * parameter.numel()
+    shards = mesh.shape["dp_shard"] * mesh.shape["tp"]
+    extra = whole_on_tp * (1 - 1 / mesh.shape["tp"]) / mesh.shape["dp_shard"]
+    return {"held": held, "allowed": 1.05 * total / shards + extra, "extra": extra, "total": total}
+
+
+def planted_fault(weights: Path, mesh: Mesh, fault: Fault) -> dict[str, Any]:
+    """What the comparison of one step shows where a mistake is planted in the sharded model."""
+    plain = make_model(weights, torch.float64, None, "mlp", frozen=False)
+    config = LossConfig.of_model(
+        plain, text_padding_weight=0.5, first_codebook_weight_multiplier=3.0
+    )
+    codes = tiny.random_codes(SAMPLES, FRAMES)
+    accumulate_gradients(plain, [codes], config, OneRank())
+    with fault():
+        model = make_model(weights, torch.float64, mesh, "mlp", frozen=False)
+        own = list(codes.chunk(mesh.dp_size)[mesh.dp_rank].split(1))
+        accumulate_gradients(model, own, config, mesh)
+    parameters = dict(model.named_parameters())
+    pairs = {n: (parameters[n].grad, p.grad) for n, p in plain.named_parameters()}
+    return {"gradients": worst(relative_errors(pairs))}
 
 
 def placement_words(mesh: Mesh) -> dict[str, Any]:
@@ -254,13 +298,16 @@ def layer_traffic(mesh: Mesh) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(2, FRAMES, tiny.LM_CONFIG["dim"], dtype=torch.float64)
     x_plain, x_split = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y_plain = plain(x_plain)
-    y_plain.square().sum().backward()
     counts: dict[str, Any] = {}
-    with CommDebugMode() as forward:
-        y_split = split(x_split)
-    with CommDebugMode() as backward:
-        y_split.square().sum().backward()
+    with FlopCounterMode(display=False) as plain_work:
+        y_plain = plain(x_plain)
+        y_plain.square().sum().backward()
+    with FlopCounterMode(display=False) as split_work:
+        with CommDebugMode() as forward:
+            y_split = split(x_split)
+        with CommDebugMode() as backward:
+            y_split.square().sum().backward()
+    counts["work"] = split_work.get_total_flops() / plain_work.get_total_flops()
     for name, mode in (("forward", forward), ("backward", backward)):
         found = mode.get_comm_counts()
         counts[name] = {str(op).rsplit(".", 1)[-1]: n for op, n in found.items() if n}
@@ -330,6 +377,9 @@ def main(results: Path, work: Path) -> None:
     last_name, last = list(meshes.items())[1 if dist.get_world_size() == 2 else 0]
     found[f"linear {last_name}"] = compare_training(weights, last, torch.float64, "linear")
     found[f"frozen {last_name}"] = compare_training(weights, last, torch.float64, frozen=True)
+    if dist.get_world_size() == 2:
+        for name, (layout, fault) in FAULTS.items():
+            found[f"fault {name}"] = planted_fault(weights, meshes[layout], fault)
     two = list(meshes.values())[:2]
     found["reshard"] = reshard_checkpoint(weights, work / "there", two)
     found["reshard back"] = reshard_checkpoint(weights, work / "back", two[::-1])
