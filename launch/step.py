@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from moshi.models.lm import LMOutput
 from torch import Tensor
 
 from parallel.mesh import Mesh
 from parallel.reduce import sum_over_data_ranks
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.loss import LossConfig, loss_weights, token_losses, weighted_mean
+from ttt_dist.moshi.loss import LossConfig, loss_weights, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def accumulate_gradients(
     text_weight, audio_weight = sum_over_data_ranks(own, mesh.dp_group)
     sums = torch.zeros(2, dtype=torch.float64, device=own.device)
     for codes, (text_w, audio_w) in zip(microbatches, weights, strict=True):
-        output: LMOutput = model(codes)
-        text_ce, audio_ce = token_losses(output, codes)
+        text_ce, audio_ce = model.token_losses(codes)
         text = weighted_mean((text_ce * text_w).sum(), text_weight)
         audio = weighted_mean((audio_ce * audio_w).sum(), audio_weight)
         ((text + audio) * mesh.dp_size).backward()
@@ -96,7 +94,7 @@ def evaluate(
     for batch in batches:
         codes = batch.to(device)
         text_w, audio_w = (w.double() for w in loss_weights(codes, config))
-        text_ce, audio_ce = (ce.double() for ce in token_losses(model(codes), codes))
+        text_ce, audio_ce = (ce.double() for ce in model.token_losses(codes))
         padding = torch.tensor(config.text_padding_ids, device=device)
         spoken = ((codes[:, :1] >= 0) & ~torch.isin(codes[:, :1], padding)).double()
         predicted = (audio_w > 0).double()

@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.mesh import Mesh
@@ -54,6 +58,8 @@ def apply_fsdp(
         _shard(layer, mesh.fsdp_tp, backbone, reshard_after_forward)
     # The root's weights are needed last in the forward and first in the backward.
     _shard(model, mesh.fsdp_tp, backbone, False)
+    # Training enters here; FSDP2 gathers the root's weights for `forward` unless told.
+    register_fsdp_forward_method(model, "token_losses")
 
 
 def _shard(

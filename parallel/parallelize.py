@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from parallel.activation import checkpoint_layers
+from parallel.frame_sharing import SharedFrames
 from parallel.fsdp import apply_fsdp
 from parallel.mesh import Mesh
 from parallel.tensor_parallel import apply_tensor_parallel
@@ -39,6 +40,7 @@ def parallelize(model: TTTMoshi, mesh: Mesh, plan: ParallelPlan) -> None:
     """
     if mesh.tp is not None:
         apply_tensor_parallel(model, mesh.tp)
+        model.frames = SharedFrames(mesh.tp)
     if plan.activation_checkpointing:
         checkpoint_layers(model)
     apply_fsdp(

@@ -104,6 +104,8 @@ def test_placement_words_and_sharded_norm(measured, world_size, layout):
     ranks = 4 if layout == "tp 4" else 2
     total = sum(range(1, ranks + 1))
     assert found["partial_gradient"] == [total, total]
+    frames = {"own": -(-7 // ranks), "values": True, "gradient": True, "integers": True}
+    assert found["frames"] == frames
     # A mean of 1e4 beside a spread of 1 costs float32 four of its seven digits on one device too.
     norm = found["norm"]
     for name in ("output", "input gradient", "weight gradient"):

@@ -31,6 +31,7 @@ from launch.optim import build_optimizers, build_schedule
 from launch.schema import OptimConfig
 from launch.step import StepLoss, accumulate_gradients
 from parallel.checkpoint import load_checkpoint, save_checkpoint
+from parallel.frame_sharing import SharedFrames
 from parallel.mesh import Layout, Mesh, build_mesh, init_process_group
 from parallel.parallelize import ParallelPlan, parallelize
 from parallel.reduce import clip_gradients
@@ -240,6 +241,21 @@ def placement_words(mesh: Mesh) -> dict[str, Any]:
     replicated = DTensor.from_local(shared, axis, [Replicate()], run_check=False)
     (to_local(replicated, grad_placements=PARTIAL) * (rank + 1)).sum().backward()
     result["partial_gradient"] = shared.grad.tolist()
+
+    # Seven frames shared out and put together again: the same values, the gradient counted once.
+    torch.manual_seed(0)
+    frames = SharedFrames(axis)
+    x = torch.randn(2, 7, 3, requires_grad=True)
+    cotangent = torch.randn(2, 7, 3)
+    mine = frames.own(x, dim=1)
+    together = frames.all(mine, dim=1, frames=7)
+    together.backward(cotangent)
+    result["frames"] = {
+        "own": mine.shape[1],
+        "values": torch.equal(together, x),
+        "gradient": torch.allclose(x.grad, cotangent, rtol=1e-6),
+        "integers": frames.own(torch.arange(7), dim=0).dtype == torch.int64,
+    }
 
     # post_norm over all heads, where the mean is 1e4 times the spread.
     torch.manual_seed(0)

@@ -144,3 +144,15 @@ def test_bfloat16_logits_are_taken_up_in_float32():
     for found, expected in zip(token_losses(rounded, codes), token_losses(exact, codes)):
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 13])
+def test_losses_by_step_are_those_of_the_logits(frames):
+    """`TTTMoshi.token_losses` keeps no logits in the codes' frames, and gives the same losses."""
+    model = hybrid_model(ttt_placement())
+    codes = random_codes(3, frames)
+    for found, expected in zip(
+        model.token_losses(codes), token_losses(model(codes), codes), strict=True
+    ):
+        assert torch.equal(found, expected)
+        assert frames == 1 or found.abs().sum() > 0

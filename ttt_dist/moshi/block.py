@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
+from moshi.models.lm_utils import _delay_sequence, _undelay_sequence
 from moshi.modules.transformer import StreamingTransformerLayer
 from moshi.utils.compile import no_compile
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.layer import TTTLayer
+from ttt_dist.moshi.frames import AllFrames, FrameSharing
+from ttt_dist.moshi.loss import masked_cross_entropy
 from ttt_dist.moshi.packed import pack_attention, pack_gating
 
 _NO_STREAMING = (
@@ -124,10 +127,58 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
 
 
 class TTTMoshi(ShardableLayout, LMModel):
-    """Moshi's language model, of hybrid layers; what `build.build_model` returns."""
+    """Moshi's language model, of hybrid layers; what `build.build_model` returns.
+
+    `frames` says which frames this rank's Depformer computes in training; all, unless
+    `parallel/parallelize.py` shares them among tp ranks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.frames: FrameSharing = AllFrames()
+
+    def token_losses(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every target in `codes`, as `loss.token_losses(self(codes), codes)`.
+
+        Logits and targets are compared step by step and the losses, not the logits, brought back to
+        their codes' frames: the Depformer's logits exist for own frames alone.
+
+        Args:
+            codes: int `[B, K, T]`, text first; -1 has no target.
+
+        Returns:
+            text `[B, 1, T]` and audio `[B, dep_q, T]`, 0 where nothing is predicted; float32
+            (float64 for float64 models), the same on all ranks that share the sample.
+        """
+        B, _, T = codes.shape
+        initial = self._get_initial_token().expand(B, -1, -1)
+        steps = torch.cat([initial, _delay_sequence(self.delays, codes, initial)], dim=2)
+        inputs, targets = steps[:, :, :-1], steps[:, :, 1:]  # [B, K, T]
+        transformer_out, text_logits = self.forward_text(inputs)
+        text = _step_losses(text_logits, targets[:, :1])
+
+        own_targets = self.frames.own(targets, dim=2)
+        own_out = self.frames.own(transformer_out, dim=1)
+        logits = self.forward_depformer_training(own_targets, own_out)  # [B, dep_q, own T, card]
+        audio = _step_losses(logits, own_targets[:, 1 : 1 + self.dep_q])
+        audio = self.frames.all(audio, dim=2, frames=T)
+        return self._by_frame(text, codes, 0), self._by_frame(audio, codes, 1)
+
+    def _by_frame(self, losses: Tensor, codes: Tensor, first: int) -> Tensor:
+        """Losses by step `[B, k, T]` of the codebooks from `first` on, by frame of the code."""
+        rows = slice(first, first + losses.shape[1])
+        losses, predicted = _undelay_sequence(self.delays[rows], losses, fill_value=0.0)
+        valid = predicted & (codes[:, rows] != self.zero_token_id)
+        return torch.where(valid, losses, torch.zeros_like(losses))
 
     def _start_streaming(self, batch_size: int, exit_stack: ExitStack) -> None:
         # Before any module has a streaming state: Moshi would leave those that come first in it.
         if any(isinstance(module, TTTBlock) for module in self.modules()):
             raise RuntimeError(_NO_STREAMING)
         super()._start_streaming(batch_size, exit_stack)
+
+
+def _step_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy `[B, k, T]`, 0 for targets that are no code: initial tokens and -1."""
+    is_code = (targets >= 0) & (targets < logits.shape[-1])
+    return masked_cross_entropy(logits, is_code, targets)

@@ -81,12 +81,14 @@ def loss_weights(codes: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
 def token_losses(output: LMOutput, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every target, 0 where the model's mask says there is none.
 
+    Training takes `TTTMoshi.token_losses`, which gives the same without keeping all logits.
+
     Returns:
         text `[B, 1, T]` and audio `[B, dep_q, T]`, float32 (float64 for float64 logits).
     """
     dep_q = output.logits.shape[1]
-    text = _cross_entropy(output.text_logits, output.text_mask, codes[:, :1])
-    audio = _cross_entropy(output.logits, output.mask, codes[:, 1 : 1 + dep_q])
+    text = masked_cross_entropy(output.text_logits, output.text_mask, codes[:, :1])
+    audio = masked_cross_entropy(output.logits, output.mask, codes[:, 1 : 1 + dep_q])
     return text, audio
 
 
@@ -95,7 +97,13 @@ def weighted_mean(loss_sum: Tensor, weight: Tensor) -> Tensor:
     return loss_sum / weight.clamp(min=_LEAST_WEIGHT)
 
 
-def _cross_entropy(logits: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+def masked_cross_entropy(logits: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy by position, 0 where `mask` is False; there logits and targets may be anything.
+
+    Args:
+        logits: `[B, k, T, card]`; computed in float32 (float64 where they are).
+        mask, targets: bool and int `[B, k, T]`.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Masked positions hold NaN logits: they must go before the cross-entropy, for the gradient of
     # a product with zero would still be NaN.
