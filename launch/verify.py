@@ -289,6 +289,7 @@ def verify(case: Case) -> bool:
         unit = str(dtypes[-1]).removeprefix("torch.")
         report.print_tables(checks, sizes, traffic, memory, mesh.shape, unit)
     passed = from_first_rank("" if any(check.failed for check in checks) else "yes") == "yes"
+    dist.barrier()  # no rank closes its connections while another is still reading the verdict
     dist.destroy_process_group()
     return passed
 
