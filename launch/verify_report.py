@@ -195,7 +195,7 @@ def comparison_table(checks: Sequence[Check]) -> list[str]:
                     dtype,
                     f"{what} ({len(members)})",
                     *_figures(worst.error, worst.allowed),
-                    worst.where,
+                    worst.where if worst.error else "-",
                 )
             )
     return _align(rows, left=(0, 1, 4))
