@@ -90,45 +90,58 @@ def make_model(
 ) -> TTTMoshi:
     """Build on the meta device, lay over the ranks, fill shard by shard; then report what is."""
     master, compute = model_dtypes(config, device)
-    placement = ttt_placement(config, release.lm_config)
-    model = build_model(release.lm_config, placement, dtype=master)
-    section = config.ttt
-    windows: dict[str, int | None] = {"ttt_context": None, "other_context": None}
-    if section.enable:
-        windows = {
-            "ttt_context": section.ttt_layer_context,
-            "other_context": section.non_ttt_layer_context,
-        }
-    set_attention_contexts(model, **windows)
-    if not config.full_finetuning:
-        freeze_base(model, compute)
-    parallelize(
-        model,
-        mesh,
-        ParallelPlan(
-            compute_dtype=compute,
-            reduce_dtype=torch.promote_types(compute, torch.float32),
-            activation_checkpointing=config.gradient_checkpointing,
-            reshard_after_forward=config.parallel.reshard_after_forward,
-        ),
-    )
+    model = lay_out_model(config, release.lm_config, mesh, compute)
     model.to_empty(device=device)
     load_base_weights(model, Path(release.moshi_weights))
     initialised = init_ttt_weights(model, config.seed)
     model.train()
 
     contexts = read_attention_contexts(model)
+    placement = ttt_placement(config, release.lm_config)
     layers = placement.layers if placement is not None else ()
-    check_attention_contexts(contexts, ttt_layers=layers, **windows)
+    check_attention_contexts(contexts, ttt_layers=layers, **attention_windows(config))
     say(f"attention context: {describe_attention_contexts(contexts)}")
     for kind, is_kind in (("TTT", True), ("Moshi", False)):
         members = [p for n, p in model.named_parameters() if is_ttt_parameter(n) is is_kind]
         trained = sum(p.numel() for p in members if p.requires_grad)
         say(f"{kind} parameters: {sum(p.numel() for p in members):,}, trained: {trained:,}")
-    if section.enable and initialised == 0:
+    if config.ttt.enable and initialised == 0:
         raise RuntimeError("TTT is enabled, but no TTT parameter was initialised")
     say(f"compute in {str(compute).removeprefix('torch.')}, master weights in {str(master)[6:]}")
     return model
+
+
+def lay_out_model(
+    config: TrainConfig,
+    lm_config: dict[str, Any] | None,
+    mesh: Mesh | None,
+    compute: torch.dtype,
+) -> TTTMoshi:
+    """The configured model on the meta device, laid over `mesh`; None leaves it whole."""
+    master = torch.promote_types(compute, torch.float32)
+    model = build_model(lm_config, ttt_placement(config, lm_config), dtype=master)
+    set_attention_contexts(model, **attention_windows(config))
+    if not config.full_finetuning:
+        freeze_base(model, compute)
+    if mesh is not None:
+        plan = ParallelPlan(
+            compute_dtype=compute,
+            reduce_dtype=master,
+            activation_checkpointing=config.gradient_checkpointing,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+        )
+        parallelize(model, mesh, plan)
+    return model
+
+
+def attention_windows(config: TrainConfig) -> dict[str, int | None]:
+    """Arguments of `set_attention_contexts`; without TTT the release's windows stay."""
+    if not config.ttt.enable:
+        return {"ttt_context": None, "other_context": None}
+    return {
+        "ttt_context": config.ttt.ttt_layer_context,
+        "other_context": config.ttt.non_ttt_layer_context,
+    }
 
 
 def ttt_placement(config: TrainConfig, lm_config: dict[str, Any] | None) -> TTTPlacement | None:

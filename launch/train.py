@@ -219,6 +219,7 @@ def train(start: Start) -> None:
             plot_losses(folder.metrics, folder.loss_curve)
     say(f"\nrun folder: {folder.path}\nloss curve: {folder.loss_curve}")
     say(f"next: tensorboard --logdir {folder.path.parent}")
+    dist.barrier()  # no rank closes its connections while another still writes
     dist.destroy_process_group()
 
 

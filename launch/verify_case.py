@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,22 +20,19 @@ from launch.errors import UserError
 from launch.make_demo_base import DEFAULT_OUT
 from launch.make_demo_base import lm_config as demo_lm_config
 from launch.preflight import FRAMES_PER_SECOND, HUB_ID, check_run, resolve_mesh
-from launch.setup import ttt_placement
+from launch.setup import lay_out_model
 from parallel.mesh import Mesh
-from parallel.parallelize import ParallelPlan, parallelize
 from ttt_dist.layer import initial_value
 from ttt_dist.moshi.block import TTTBlock, TTTMoshi
 from ttt_dist.moshi.build import (
-    build_model,
-    freeze_base,
     is_ttt_parameter,
     lm_settings,
     select_layers,
 )
-from ttt_dist.moshi.context import set_attention_contexts
 from ttt_dist.moshi.loss import LossConfig
 from ttt_dist.moshi.release import ReleaseError, open_release, read_json_object
-from ttt_dist.placement import own_slices
+from ttt_dist.moshi.weights import fill_own, seeded_generator
+from ttt_dist.placement import shard_slices
 
 LAYERS, HEADS, HEAD_DIM = 4, 8, 8
 FRAMES = 37  # odd, and no multiple of the mini-batch: four of 8 and 5 frames more
@@ -248,27 +244,9 @@ def make_model(
     case: Case, compute: torch.dtype, mesh: Mesh | None, device: torch.device
 ) -> TTTMoshi:
     """As `launch.setup.make_model`, but with random weights; plain tensors where `mesh` is None."""
-    config, section = case.config, case.config.ttt
-    master = torch.promote_types(compute, torch.float32)
-    model = build_model(case.lm_config, ttt_placement(config, case.lm_config), dtype=master)
-    if section.enable:
-        set_attention_contexts(
-            model,
-            ttt_context=section.ttt_layer_context,
-            other_context=section.non_ttt_layer_context,
-        )
-    if not config.full_finetuning:
-        freeze_base(model, compute)
-    if mesh is not None:
-        plan = ParallelPlan(
-            compute_dtype=compute,
-            reduce_dtype=master,
-            activation_checkpointing=config.gradient_checkpointing,
-            reshard_after_forward=config.parallel.reshard_after_forward,
-        )
-        parallelize(model, mesh, plan)
+    model = lay_out_model(case.config, case.lm_config, mesh, compute)
     model.to_empty(device=device)
-    fill_weights(model, config.seed)
+    fill_weights(model, case.config.seed)
     if mesh is None:
         # What FSDP2's mixed precision computes with: Moshi's weights, and TTT's gate.
         for name, parameter in model.named_parameters():
@@ -299,8 +277,7 @@ def fill_weights(model: nn.Module, seed: int) -> None:
         if isinstance(module, TTTBlock)
     }
     for name, parameter in model.named_parameters():
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = seeded_generator(seed, name)
         noise = torch.randn(parameter.shape, generator=generator)
         if name in alphas:
             value = 0.05 * noise + alphas[name]
@@ -314,5 +291,4 @@ def fill_weights(model: nn.Module, seed: int) -> None:
             value = 0.2 * noise
         else:
             value = noise * parameter.shape[-1] ** -0.5
-        local, slices = own_slices(parameter)
-        local.copy_(value[slices])
+        fill_own(parameter, value[shard_slices(parameter)])

@@ -143,22 +143,3 @@ def shard_slices(tensor: Tensor) -> tuple[slice, ...]:
             tensor.shape, tensor.device_mesh, tensor.placements
         )
     return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
-
-
-def own_slices(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """This rank's storage of `tensor`, and where it lies in the whole.
-
-    Args:
-        tensor: plain or a DTensor (sharded evenly or not, along any dims).
-
-    Returns:
-        The local tensor, which can be written in place under `no_grad`, and one slice a dim such
-        that `whole[slices]` has its shape and meaning.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    local = tensor.to_local(grad_placements=tensor.placements).detach()
-    return local, tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))

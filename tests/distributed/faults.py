@@ -57,7 +57,7 @@ def plain_cut_of_packed_weights() -> AbstractContextManager[Any]:
         per_rank = (rows.stop - rows.start) * (parts.stop - parts.start)
         first = rows.start // (rows.stop - rows.start) * per_rank
         values = source[first : first + per_rank, inputs]
-        ttt_dist.moshi.weights._fill(parameter, values.unflatten(0, (parts.stop, -1)))
+        ttt_dist.moshi.weights.fill_own(parameter, values.unflatten(0, (parts.stop, -1)))
 
     return patch.object(ttt_dist.moshi.weights, "_copy_packed", copy_packed)
 

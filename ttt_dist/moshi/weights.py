@@ -101,12 +101,26 @@ def init_ttt_weights(model: nn.Module, seed: int) -> int:
             if name in alphas:
                 full.fill_(alphas[name])
             else:
-                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                initial_value(name, full, generator)
-            _fill(parameter, full[shard_slices(parameter)])
+                initial_value(name, full, seeded_generator(seed, name))
+            fill_own(parameter, full[shard_slices(parameter)])
             count += parameter.numel()
     return count
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers of a parameter, the same whatever the layout and the other parameters are."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def fill_own(parameter: nn.Parameter, own_values: Tensor) -> None:
+    """Give a parameter the values of this rank's part (`placement.shard_slices`), in place.
+
+    Values are cast to the parameter's dtype; a part of another shape is a ValueError.
+    """
+    values = own_values.to(parameter.device, parameter.dtype)
+    with torch.no_grad():
+        parameter.copy_(place_into(values, like=parameter))
 
 
 def _match_names(
@@ -143,7 +157,7 @@ def _copy_slice(parameter: nn.Parameter, source: Any, first_row: int) -> None:
     """This rank's part of the rows of `source` from `first_row` on."""
     rows, *others = shard_slices(parameter)
     rows = slice(rows.start + first_row, rows.stop + first_row)
-    _fill(parameter, source[(rows, *others)])
+    fill_own(parameter, source[(rows, *others)])
 
 
 def _copy_packed(parameter: nn.Parameter, source: Any) -> None:
@@ -152,14 +166,7 @@ def _copy_packed(parameter: nn.Parameter, source: Any) -> None:
     firsts = [part * parameter.shape[1] for part in range(parts.start, parts.stop)]
     values = [source[first + rows.start : first + rows.stop, inputs] for first in firsts]
     if values:  # FSDP leaves a rank without any where it has to cut the parts
-        _fill(parameter, torch.stack(values))
-
-
-def _fill(parameter: nn.Parameter, own_values: Tensor) -> None:
-    """Give a parameter the values of this rank's part; a part of another shape is an error."""
-    values = own_values.to(parameter.device, parameter.dtype)
-    with torch.no_grad():
-        parameter.copy_(place_into(values, like=parameter))
+        fill_own(parameter, torch.stack(values))
 
 
 def _shorten(names: list[str]) -> str:
