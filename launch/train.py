@@ -43,7 +43,14 @@ from launch.step import accumulate_gradients, evaluate
 from launch.wandb_log import start_wandb
 from parallel.checkpoint import CheckpointError, save_checkpoint
 from parallel.device import device_type, local_device
-from parallel.mesh import Layout, build_mesh, from_first_rank, init_process_group
+from parallel.mesh import (
+    Layout,
+    build_mesh,
+    close_process_group,
+    from_first_rank,
+    init_process_group,
+    leave_job,
+)
 from parallel.reduce import clip_gradients
 from ttt_dist.data.batches import StepBatches, eval_batches
 from ttt_dist.data.dataset import GlobalOrder
@@ -219,8 +226,7 @@ def train(start: Start) -> None:
             plot_losses(folder.metrics, folder.loss_curve)
     say(f"\nrun folder: {folder.path}\nloss curve: {folder.loss_curve}")
     say(f"next: tensorboard --logdir {folder.path.parent}")
-    dist.barrier()  # no rank closes its connections while another still writes
-    dist.destroy_process_group()
+    close_process_group()
 
 
 def main(arguments: list[str]) -> None:
@@ -254,3 +260,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave_job(0)

@@ -41,7 +41,15 @@ from launch.step import accumulate_gradients
 from launch.verify_case import FRAMES, Case, loss_config, make_model, read_case
 from launch.verify_report import Check, Memory, TrafficCounter
 from parallel.device import device_type, local_device
-from parallel.mesh import Layout, Mesh, build_mesh, from_first_rank, init_process_group
+from parallel.mesh import (
+    Layout,
+    Mesh,
+    build_mesh,
+    close_process_group,
+    from_first_rank,
+    init_process_group,
+    leave_job,
+)
 from parallel.reduce import clip_gradients
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.context import (
@@ -289,8 +297,7 @@ def verify(case: Case) -> bool:
         unit = str(dtypes[-1]).removeprefix("torch.")
         report.print_tables(checks, sizes, traffic, memory, mesh.shape, unit)
     passed = from_first_rank("" if any(check.failed for check in checks) else "yes") == "yes"
-    dist.barrier()  # no rank closes its connections while another is still reading the verdict
-    dist.destroy_process_group()
+    close_process_group()
     return passed
 
 
@@ -342,4 +349,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave_job(main(sys.argv[1:]))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,25 @@ def init_process_group(timeout: timedelta) -> None:
         dist.init_process_group("cuda:nccl,cpu:gloo", device_id=device, **settings)
     else:
         dist.init_process_group("gloo", **settings)
+
+
+def close_process_group() -> None:
+    """Leave the job's process group together: no rank closes what another still uses."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def leave_job(exit_code: int) -> NoReturn:
+    """End this process, whose work is done, without tearing the interpreter down.
+
+    Meshes keep gloo's process groups alive beyond `destroy_process_group`, and a thread of theirs
+    that still runs when the interpreter destroys them aborts the process ("terminate called
+    without an active exception": seen in 1 of 27 exits of two ranks on busy cores). A finished run
+    must not end as a failed job for that.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def from_first_rank(value: str) -> str:

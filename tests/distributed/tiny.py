@@ -43,6 +43,7 @@ LM_CONFIG = {
 }
 TTT_LAYERS = (1, 2)
 TTT_CONTEXT, OTHER_CONTEXT = 5, 7
+FRAMES = 29  # three mini-batches of 8 and a remainder of 5; no multiple of 2 or 4 ranks
 
 
 def ttt_placement(inner_model: str = "mlp", alpha: float = 0.3) -> TTTPlacement:

@@ -21,28 +21,31 @@ import tiny
 import torch
 import torch.distributed as dist
 from faults import FAULTS, Fault
+from measure import relative_errors, whole, worst
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.optimizer import OptimizersContainer
+from tp_cases import layer_traffic, placement_words
 
 from launch.optim import build_optimizers, build_schedule
 from launch.schema import OptimConfig
 from launch.step import StepLoss, accumulate_gradients
 from parallel.checkpoint import load_checkpoint, save_checkpoint
-from parallel.frame_sharing import SharedFrames
-from parallel.mesh import Layout, Mesh, build_mesh, init_process_group
+from parallel.mesh import (
+    Layout,
+    Mesh,
+    build_mesh,
+    close_process_group,
+    init_process_group,
+    leave_job,
+)
 from parallel.parallelize import ParallelPlan, parallelize
 from parallel.reduce import clip_gradients
-from parallel.tensor_parallel import split_layer
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import build_model, is_ttt_parameter, transformer_layers
+from ttt_dist.moshi.build import build_model, is_ttt_parameter
 from ttt_dist.moshi.context import read_attention_contexts, set_attention_contexts
 from ttt_dist.moshi.loss import LossConfig
 from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
-from ttt_dist.norm import ShardedLayerNorm
-from ttt_dist.placement import PARTIAL, place_into, to_local
 
 LAYOUTS: dict[int, dict[str, Layout]] = {
     2: {"fsdp 2": Layout(tp=1), "tp 2": Layout(tp=2), "replicate 2": Layout(dp_replicate=2)},
@@ -53,7 +56,7 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
     },
 }
 FLOAT32 = ("fsdp 2", "tp 2", "tp 2 x fsdp 2")
-SAMPLES, FRAMES, STEPS = 4, 29, 3  # 29 frames: three mini-batches of 8 and a remainder of 5
+SAMPLES, STEPS = 4, 3
 OPTIM = OptimConfig(lr=1e-3, ttt_lr=3e-3, pct_start=0.0, final_lr_fraction=1.0)
 
 
@@ -81,24 +84,6 @@ def make_model(
     return model
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def relative_errors(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """‖a − b‖ / ‖b‖ by name; names whose expected value is zero are compared absolutely."""
-    errors = {}
-    for name, (found, expected) in pairs.items():
-        scale = expected.norm().item()
-        errors[name] = (whole(found) - expected).norm().item() / (scale if scale > 1e-12 else 1.0)
-    return errors
-
-
-def worst(errors: dict[str, float]) -> tuple[float, str]:
-    name = max(errors, key=errors.__getitem__)
-    return errors[name], name
-
-
 def step_losses(loss: StepLoss) -> list[float]:
     return [loss.total.item(), loss.text.item(), loss.audio.item()]
 
@@ -109,7 +94,7 @@ def exact_gradients(weights: Path, inner_model: str, frozen: bool) -> dict[str, 
     config = LossConfig.of_model(
         model, text_padding_weight=0.5, first_codebook_weight_multiplier=3.0
     )
-    accumulate_gradients(model, [tiny.random_codes(SAMPLES, FRAMES)], config, OneRank())
+    accumulate_gradients(model, [tiny.random_codes(SAMPLES, tiny.FRAMES)], config, OneRank())
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -142,7 +127,7 @@ def compare_training(
     result["contexts"] = read_attention_contexts(model)
     # In float32 the first step alone is judged.
     for step in range(STEPS if dtype == torch.float64 else 1):
-        codes = tiny.random_codes(SAMPLES, FRAMES, seed=step)
+        codes = tiny.random_codes(SAMPLES, tiny.FRAMES, seed=step)
         own = list(codes.chunk(mesh.dp_size)[mesh.dp_rank].split(1))
         plain_optimizer.zero_grad()
         optimizers.zero_grad()
@@ -207,7 +192,7 @@ def planted_fault(weights: Path, mesh: Mesh, fault: Fault) -> dict[str, Any]:
     config = LossConfig.of_model(
         plain, text_padding_weight=0.5, first_codebook_weight_multiplier=3.0
     )
-    codes = tiny.random_codes(SAMPLES, FRAMES)
+    codes = tiny.random_codes(SAMPLES, tiny.FRAMES)
     accumulate_gradients(plain, [codes], config, OneRank())
     with fault():
         model = make_model(weights, torch.float64, mesh, "mlp", frozen=False)
@@ -216,122 +201,6 @@ def planted_fault(weights: Path, mesh: Mesh, fault: Fault) -> dict[str, Any]:
     parameters = dict(model.named_parameters())
     pairs = {n: (parameters[n].grad, p.grad) for n, p in plain.named_parameters()}
     return {"gradients": worst(relative_errors(pairs))}
-
-
-def placement_words(mesh: Mesh) -> dict[str, Any]:
-    """`to_local`, `place_into` and the sharded norm on the tp axis."""
-    assert mesh.tp is not None
-    axis = mesh.tp
-    rank, ranks = axis.get_local_rank(), axis.size()
-    like = DTensor.from_local(torch.zeros(3, 2), axis, [Shard(1)], run_check=False)  # [3, 2 ranks]
-    local = torch.randn(3, 2, requires_grad=True)
-    placed = place_into(local, like)
-    result: dict[str, Any] = {
-        "placed_values": torch.equal(placed.to_local(), local),
-        "placed_shape": list(placed.shape) == [3, 2 * ranks],
-    }
-    to_local(placed * 3.0, grad_placements=[Shard(1)]).sum().backward()
-    result["round_trip_gradient"] = torch.equal(local.grad, torch.full((3, 2), 3.0))
-    try:
-        place_into(torch.zeros(3, 1), like)
-        result["wrong_shape"] = "accepted"
-    except ValueError as error:
-        result["wrong_shape"] = str(error)
-    # A replicated tensor that each rank uses with a factor of its own: 1 + 2 + ... on every rank.
-    shared = torch.ones(2, requires_grad=True)
-    replicated = DTensor.from_local(shared, axis, [Replicate()], run_check=False)
-    (to_local(replicated, grad_placements=PARTIAL) * (rank + 1)).sum().backward()
-    result["partial_gradient"] = shared.grad.tolist()
-
-    # Seven frames shared out and put together again: the same values, the gradient counted once.
-    torch.manual_seed(0)
-    frames = SharedFrames(axis)
-    x = torch.randn(2, 7, 3, requires_grad=True)
-    cotangent = torch.randn(2, 7, 3)
-    mine = frames.own(x, dim=1)
-    together = frames.all(mine, dim=1, frames=7)
-    together.backward(cotangent)
-    result["frames"] = {
-        "own": mine.shape[1],
-        "values": torch.equal(together, x),
-        "gradient": torch.allclose(x.grad, cotangent, rtol=1e-6),
-        "integers": frames.own(torch.arange(7), dim=0).dtype == torch.int64,
-    }
-
-    # post_norm over all heads, where the mean is 1e4 times the spread.
-    torch.manual_seed(0)
-    size = 4 * ranks
-    norm = ShardedLayerNorm(size, eps=1e-6)
-    with torch.no_grad():
-        norm.weight.normal_()
-        norm.bias.normal_()
-    x = torch.randn(2, 5, size) + 1e4
-    cotangent = torch.randn(2, 5, size)
-    exact = nn.LayerNorm(size, eps=1e-6).double()
-    exact.load_state_dict({k: v.double() for k, v in norm.state_dict().items()})
-    x_exact = x.double().requires_grad_()
-    y_exact = exact(x_exact)
-    y_exact.backward(cotangent.double())
-    x_plain = x.clone().requires_grad_()
-    y_plain = norm(x_plain)
-    y_plain.backward(cotangent)
-    plain_weight_gradient = norm.weight.grad.clone()
-    own = slice(4 * rank, 4 * rank + 4)
-    for name in ("weight", "bias"):
-        full = getattr(norm, name).detach()
-        setattr(
-            norm,
-            name,
-            nn.Parameter(DTensor.from_local(full[own].clone(), axis, [Shard(0)], run_check=False)),
-        )
-    x_own = x[..., own].clone().requires_grad_()
-    y_own = norm(x_own)
-    y_own.backward(cotangent[..., own])
-
-    def error(found: Tensor, expected: Tensor) -> float:
-        return ((found.double() - expected).norm() / expected.norm()).item()
-
-    result["norm"] = {
-        "output": error(y_own, y_exact[..., own]),
-        "input gradient": error(x_own.grad, x_exact.grad[..., own]),
-        "weight gradient": error(norm.weight.grad.to_local(), exact.weight.grad[own]),
-        "one device's weight gradient": error(plain_weight_gradient[own], exact.weight.grad[own]),
-        "one device's output": error(y_plain[..., own], y_exact[..., own]),
-        "one device's input gradient": error(x_plain.grad[..., own], x_exact.grad[..., own]),
-    }
-    return result
-
-
-def layer_traffic(mesh: Mesh) -> dict[str, Any]:
-    """Collectives of one hybrid layer on the tp axis, and its agreement with the unsplit layer."""
-    assert mesh.tp is not None
-    plain, split = (
-        transformer_layers(build_model(tiny.LM_CONFIG, tiny.ttt_placement(), device="cpu"))[1]
-        for _ in range(2)
-    )
-    plain, split = plain.double(), split.double()
-    split.load_state_dict(plain.state_dict())
-    split_layer(split, mesh.tp)
-    torch.manual_seed(0)
-    x = torch.randn(2, FRAMES, tiny.LM_CONFIG["dim"], dtype=torch.float64)
-    x_plain, x_split = x.clone().requires_grad_(), x.clone().requires_grad_()
-    counts: dict[str, Any] = {}
-    with FlopCounterMode(display=False) as plain_work:
-        y_plain = plain(x_plain)
-        y_plain.square().sum().backward()
-    with FlopCounterMode(display=False) as split_work:
-        with CommDebugMode() as forward:
-            y_split = split(x_split)
-        with CommDebugMode() as backward:
-            y_split.square().sum().backward()
-    counts["work"] = split_work.get_total_flops() / plain_work.get_total_flops()
-    for name, mode in (("forward", forward), ("backward", backward)):
-        found = mode.get_comm_counts()
-        counts[name] = {str(op).rsplit(".", 1)[-1]: n for op, n in found.items() if n}
-    references = dict(plain.named_parameters())
-    pairs = {n: (p.grad, references[n].grad) for n, p in split.named_parameters()}
-    pairs |= {"x": (x_split.grad, x_plain.grad), "y": (y_split.detach(), y_plain.detach())}
-    return counts | {"error": worst(relative_errors(pairs))}
 
 
 def reshard_checkpoint(weights: Path, folder: Path, meshes: list[Mesh]) -> dict[str, Any]:
@@ -346,7 +215,7 @@ def reshard_checkpoint(weights: Path, folder: Path, meshes: list[Mesh]) -> dict[
             config = LossConfig.of_model(
                 model, text_padding_weight=0.5, first_codebook_weight_multiplier=3.0
             )
-            codes = tiny.random_codes(SAMPLES, FRAMES)
+            codes = tiny.random_codes(SAMPLES, tiny.FRAMES)
             own = list(codes.chunk(mesh.dp_size)[mesh.dp_rank].split(1))
             accumulate_gradients(model, own, config, mesh)
             optimizers.step()
@@ -404,8 +273,9 @@ def main(results: Path, work: Path) -> None:
         found["reshard back"] = reshard_checkpoint(weights, work / "back", two[::-1])
     if dist.get_rank() == 0:
         results.write_text(json.dumps(found, indent=1))
-    dist.destroy_process_group()
+    close_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave_job(0)

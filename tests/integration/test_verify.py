@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from launch import step, verify
+from parallel.mesh import leave_job
 
 fault, *arguments = sys.argv[1:]
 right = verify.accumulate_gradients
@@ -39,7 +40,7 @@ if fault == "local weights":
     step.sum_over_data_ranks = lambda values, group: values.detach().clone()
 else:
     verify.accumulate_gradients = wrong
-sys.exit(verify.main(arguments))
+leave_job(verify.main(arguments))
 """
 SCALED = "transformer.layers.2.ttt.layer.wk.weight"
 REPLICATED = "transformer.layers.1.ttt.layer.wo.bias"
