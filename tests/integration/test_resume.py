@@ -142,7 +142,8 @@ def test_training_ttt_alone_leaves_moshi_untouched(ttt_only, demo_base):
     base = load_file(demo_base / "model.safetensors")
     common = [name for name in base if f"model.{name}" in saved]
     assert len(common) > 50
-    assert all(torch.equal(saved[f"model.{name}"], base[name]) for name in common)
+    # Packed weights differ in shape alone: [3, D, D] here, [3D, D] in a release.
+    assert all(torch.equal(saved[f"model.{n}"].reshape(base[n].shape), base[n]) for n in common)
     assert not any(
         f"optimizer.state.{name}.exp_avg" in saved for name in moshi
     )  # no memory for what isn't trained
