@@ -167,7 +167,7 @@ class ParallelConfig(Section):
     dp_shard: Annotated[int, Field(ge=-1), _NUMBER] = -1
     """ranks that share one copy by FSDP2; -1: the rest of the world"""
     tp: PositiveInt = 1
-    """ranks that share the TTT heads of one copy; must divide the heads"""
+    """ranks that share heads, features and Depformer frames of one copy; must divide the heads"""
     reshard_after_forward: bool = True
     """free gathered parameters between forward and backward: less memory, more traffic"""
 

@@ -48,7 +48,7 @@ def short(paths: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tp_run(short: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two ranks that split the TTT heads, from the first to the last step."""
+    """Two ranks that split heads and features, from the first to the last step."""
     folder = tmp_path_factory.mktemp("runs") / "tp"
     arguments = [*short, f"run_dir={folder}", "parallel.tp=2"]
     job = run_ranks(2, TRAIN, arguments, timeout=TIMEOUT, WANDB_API_KEY=SECRET, NOTES=SECRET)
