@@ -170,6 +170,10 @@ class ParallelConfig(Section):
     """ranks that share heads, features and Depformer frames of one copy; must divide the heads"""
     reshard_after_forward: bool = True
     """free gathered parameters between forward and backward: less memory, more traffic"""
+    prefetch_layers: CountInt = 1
+    """layers whose parameters are gathered early, before the layer ahead of them computes"""
+    reduce_every_microbatch: bool = False
+    """reduce gradients to shards after each microbatch, not each step: less memory, more traffic"""
 
 
 class ProfileConfig(Section):

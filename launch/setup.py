@@ -129,6 +129,7 @@ def lay_out_model(
             reduce_dtype=master,
             activation_checkpointing=config.gradient_checkpointing,
             reshard_after_forward=config.parallel.reshard_after_forward,
+            prefetch_layers=config.parallel.prefetch_layers,
         )
         parallelize(model, mesh, plan)
     return model

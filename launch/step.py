@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.fsdp import reduce_gradients_after
 from parallel.mesh import Mesh
 from parallel.reduce import sum_over_data_ranks
 from ttt_dist.moshi.block import TTTMoshi
@@ -27,12 +28,18 @@ class StepLoss:
 
 
 def accumulate_gradients(
-    model: TTTMoshi, microbatches: list[Tensor], config: LossConfig, mesh: Mesh
+    model: TTTMoshi,
+    microbatches: list[Tensor],
+    config: LossConfig,
+    mesh: Mesh,
+    *,
+    reduce_every_microbatch: bool = False,
 ) -> StepLoss:
     """Forward and backward of this rank's share of a step; gradients end up complete and sharded.
 
     Args:
         microbatches: int `[B, K, T]` each, on the model's device.
+        reduce_every_microbatch: as `parallel.fsdp.reduce_gradients_after` has it.
 
     The loss is divided by weights summed over all ranks and microbatches, so neither it nor the
     gradients depend on how the samples were spread. FSDP2 averages gradients over data ranks where
@@ -44,7 +51,9 @@ def accumulate_gradients(
     own = torch.stack(sums_of_weights).sum(dim=0)
     text_weight, audio_weight = sum_over_data_ranks(own, mesh.dp_group)
     sums = torch.zeros(2, dtype=torch.float64, device=own.device)
-    for codes, (text_w, audio_w) in zip(microbatches, weights, strict=True):
+    for index, (codes, (text_w, audio_w)) in enumerate(zip(microbatches, weights, strict=True), 1):
+        last = index == len(microbatches)
+        reduce_gradients_after(model, last=last, every_microbatch=reduce_every_microbatch)
         text_ce, audio_ce = model.token_losses(codes)
         text = weighted_mean((text_ce * text_w).sum(), text_weight)
         audio = weighted_mean((audio_ce * audio_w).sum(), audio_weight)

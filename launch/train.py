@@ -188,7 +188,13 @@ def train(start: Start) -> None:
         ):
             for step in range(first_step + 1, config.max_steps + 1):
                 microbatches = [codes.to(device) for codes in next(batches)]
-                loss = accumulate_gradients(model, microbatches, loss_config, mesh)
+                loss = accumulate_gradients(
+                    model,
+                    microbatches,
+                    loss_config,
+                    mesh,
+                    reduce_every_microbatch=config.parallel.reduce_every_microbatch,
+                )
                 grad_norm = clip_gradients(model.parameters(), config.max_norm)
                 if not (grad_norm.isfinite() and loss.total.isfinite()):
                     # Both are sums over all ranks, so all ranks stop here together.

@@ -143,7 +143,13 @@ def train_sharded(
         codes = case.codes(step).chunk(mesh.dp_size)[mesh.dp_rank]
         microbatches = [part.to(device) for part in codes.split(case.config.batch_size)]
         with traffic if step == steps - 1 else nullcontext():
-            loss = accumulate_gradients(model, microbatches, settings, mesh)
+            loss = accumulate_gradients(
+                model,
+                microbatches,
+                settings,
+                mesh,
+                reduce_every_microbatch=case.config.parallel.reduce_every_microbatch,
+            )
         found.losses.append(loss.total.item())
         if step == 0:
             found.gradients, found.gradient_spread = keep_whole(gradients_of(model))

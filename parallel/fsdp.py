@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -26,6 +27,7 @@ def apply_fsdp(
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    prefetch_layers: int,
 ) -> None:
     """Shard every parameter: each layer a unit, the rest (embeddings, heads) the root's.
 
@@ -43,6 +45,8 @@ def apply_fsdp(
         compute_dtype: dtype of Moshi's gathered weights and activations.
         reduce_dtype: dtype in which gradients are summed over ranks.
         reshard_after_forward: free gathered weights between forward and backward.
+        prefetch_layers: layers whose gathering starts before the layer ahead of them computes;
+            0 leaves it to FSDP2, which then gathers one ahead, as late as the host allows.
     """
     backbone = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=True
@@ -60,6 +64,46 @@ def apply_fsdp(
     _shard(model, mesh.fsdp_tp, backbone, False)
     # Training enters here; FSDP2 gathers the root's weights for `forward` unless told.
     register_fsdp_forward_method(model, "token_losses")
+    _prefetch(model, prefetch_layers)
+
+
+def _prefetch(model: TTTMoshi, ahead: int) -> None:
+    """Let each layer gather the next `ahead` ones early, in the backward those before it.
+
+    TTT layers are left to FSDP2: a comparison without them (`build.without_ttt`) skips their
+    forward, and weights gathered for a forward that never comes would lie around.
+    """
+    if ahead == 0:
+        return
+    layers = [_unit(layer) for layer in transformer_layers(model) + depformer_layers(model)]
+    _unit(model).set_modules_to_forward_prefetch(layers[:ahead])
+    for index, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + ahead])
+        layer.set_modules_to_backward_prefetch(layers[max(index - ahead, 0) : index][::-1])
+
+
+def reduce_gradients_after(model: nn.Module, *, last: bool, every_microbatch: bool) -> None:
+    """Say what the next backward does with its gradients, where FSDP2 shards `model`.
+
+    Gradients of a step's earlier microbatches stay whole on each rank (in the reduction's dtype)
+    and are reduced once, with the last one's. `every_microbatch` reduces them to shards each time:
+    as much traffic more, and no whole gradients between microbatches; only the sum over
+    `dp_replicate`, of shards, still waits for the last.
+
+    Args:
+        model: a plain model takes part without any of this.
+        last: the step's last microbatch comes next.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(last or every_microbatch)
+    model.set_requires_all_reduce(last)
+    model.set_is_last_backward(last)
+
+
+def _unit(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule)  # `fully_shard` has changed its class
+    return module
 
 
 def _shard(

@@ -23,12 +23,14 @@ class ParallelPlan:
         reduce_dtype: of gradient sums; at least float32.
         activation_checkpointing: recompute layers in the backward.
         reshard_after_forward: free gathered weights between forward and backward.
+        prefetch_layers: layers gathered early, before the one ahead of them computes.
     """
 
     compute_dtype: torch.dtype
     reduce_dtype: torch.dtype = torch.float32
     activation_checkpointing: bool = True
     reshard_after_forward: bool = True
+    prefetch_layers: int = 1
 
 
 def parallelize(model: TTTMoshi, mesh: Mesh, plan: ParallelPlan) -> None:
@@ -49,4 +51,5 @@ def parallelize(model: TTTMoshi, mesh: Mesh, plan: ParallelPlan) -> None:
         compute_dtype=plan.compute_dtype,
         reduce_dtype=plan.reduce_dtype,
         reshard_after_forward=plan.reshard_after_forward,
+        prefetch_layers=plan.prefetch_layers,
     )
