@@ -91,7 +91,7 @@ def loss_by_local_weights() -> AbstractContextManager[Any]:
     return patch.object(launch.step, "sum_over_data_ranks", lambda values, group: values.clone())
 
 
-# name -> (layout of worker.py that shows it, fault)
+# name -> (layout of cases.py that shows it, fault)
 FAULTS: dict[str, tuple[str, Fault]] = {
     "place_into returns its second argument": ("tp 2", place_into_returns_its_second_argument),
     "no grad_placements": ("tp 2", no_grad_placements),

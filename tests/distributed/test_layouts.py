@@ -1,4 +1,7 @@
-"""Every layout trains the model that one process trains (gloo ranks; see worker.py).
+"""Every layout trains the model that one process trains (gloo ranks; cases.py lists the cases).
+
+Five AdamW steps of eight samples, in two microbatches a rank, with clipping, against one process
+that has each step's samples in one batch.
 
 Tolerances (DESIGN.md, Numbers): whole models in float64 agree to 1e-6, since Moshi's norms and RoPE
 compute in float32 whatever the model's dtype; in float32, loss and first-step gradients to 1e-5,
@@ -15,21 +18,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.distributed.cases import (
+    CASES,
+    LAYOUTS,
+    MAX_NORM,
+    RESHARDS,
+    SAMPLES,
+    STEPS,
+    TP_LAYOUTS,
+)
+from tests.distributed.faults import FAULTS
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "worker.py"
-LAYOUTS = [
-    (2, "fsdp 2"),
-    (2, "tp 2"),
-    (2, "replicate 2"),
-    (4, "tp 2 x fsdp 2"),
-    (4, "tp 4"),
-    (4, "replicate 2 x tp 2"),
-]
-TP_LAYOUTS = [layout for layout in LAYOUTS if "tp" in layout[1].replace("fsdp", "")]
-TOLERANCE = {"float64": 1e-6, "float32": 1e-5}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -49,62 +54,53 @@ def measured(tmp_path_factory):
     return measure
 
 
-def check_training(found, dtype):
+@pytest.mark.parametrize("name", CASES)
+def test_layout_trains_the_same_model(measured, name):
+    case = CASES[name]
+    found = measured(case.ranks)[name]
+    tolerance = TOLERANCE[case.dtype]
     assert found["same_names"]
     assert found["start"][0] == 0, found["start"]  # the same initial values, bit for bit
     assert found["trained"]
     assert found["finite"]
-    tolerance = TOLERANCE[dtype]
-    assert len(found["losses"]) == {"float64": 3, "float32": 1}[dtype]
+    assert found["contexts"] == [[False, 7], [True, 5], [True, 5], [False, 7]]
+    if case.frozen:
+        assert found["untrained"]
+        assert not any(".ttt." in name for name in found["untrained"])
+    else:
+        assert found["untrained"] == []
+
+    steps = STEPS if case.dtype == torch.float64 else 1
+    assert len(found["losses"]) == len(found["norms"]) == steps
     for step, (sharded, plain) in enumerate(found["losses"]):
         assert sharded == pytest.approx(plain, rel=tolerance), step
-    if dtype == "float64":
+    for step, (sharded, plain) in enumerate(found["norms"]):
+        assert sharded == pytest.approx(plain, rel=tolerance), step
+        assert plain > 2 * MAX_NORM, (step, "clipping does not act")
+    if case.dtype == torch.float64:
         assert found["gradients"][0] < tolerance, found["gradients"]
+        assert found["parameters"][0] < tolerance, found["parameters"]
     else:
         rounding = found["plain rounding"]
-        for name, error in found["all gradients"].items():
-            assert error < max(tolerance, 3 * rounding[name]), (name, error, rounding[name])
-        over = [name for name, error in rounding.items() if 3 * error > tolerance]
-        assert all(name.endswith("learnable_ttt_lr_bias") for name in over), over
-    assert found["norms"][0] == pytest.approx(found["norms"][1], rel=tolerance)
-    if dtype == "float64":
-        assert found["parameters"][0] < tolerance, found["parameters"]
+        for tensor, error in found["all gradients"].items():
+            assert error < max(tolerance, 3 * rounding[tensor]), (tensor, error, rounding[tensor])
+        over = [tensor for tensor, error in rounding.items() if 3 * error > tolerance]
+        assert all(tensor.endswith("learnable_ttt_lr_bias") for tensor in over), over
 
-
-@pytest.mark.parametrize(
-    ("world_size", "layout", "dtype"),
-    [(*layout, "float64") for layout in LAYOUTS]
-    + [(*layout, "float32") for layout in [(2, "fsdp 2"), (2, "tp 2"), (4, "tp 2 x fsdp 2")]],
-)
-def test_layout_trains_the_same_model(measured, world_size, layout, dtype):
-    found = measured(world_size)[f"{dtype} {layout}"]
-    check_training(found, dtype)
-    assert found["untrained"] == []
     # Parameters, gradients and moments are shared out; norms and gates alone are whole on tp.
     elements = found["elements"]
     assert elements["held"] <= elements["allowed"], elements
     assert elements["extra"] < 0.02 * elements["total"], elements
-    assert found["contexts"] == [[False, 7], [True, 5], [True, 5], [False, 7]]
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(2, "tp 2"), (4, "tp 2 x fsdp 2")])
-@pytest.mark.parametrize("kind", ["linear", "frozen"])
-def test_ttt_linear_and_frozen_backbone(measured, world_size, layout, kind):
-    found = measured(world_size)[f"{kind} {layout}"]
-    check_training(found, "float64")
-    if kind == "frozen":
-        assert found["untrained"]
-        assert not any(".ttt." in name for name in found["untrained"])
-
-
-@pytest.mark.parametrize(("world_size", "layout"), TP_LAYOUTS)
-def test_placement_words_and_sharded_norm(measured, world_size, layout):
+@pytest.mark.parametrize("layout", TP_LAYOUTS)
+def test_placement_words_and_sharded_norm(measured, layout):
+    world_size, ranks = LAYOUTS[layout][0], LAYOUTS[layout][1].tp
     found = measured(world_size)[f"placement {layout}"]
     assert found["placed_values"]
     assert found["placed_shape"]
     assert found["round_trip_gradient"]
     assert "(3, 1)" in found["wrong_shape"]
-    ranks = 4 if layout == "tp 4" else 2
     total = sum(range(1, ranks + 1))
     assert found["partial_gradient"] == [total, total]
     frames = {"own": -(-7 // ranks), "values": True, "gradient": True, "integers": True}
@@ -115,43 +111,33 @@ def test_placement_words_and_sharded_norm(measured, world_size, layout):
         assert norm[name] < max(2 * norm[f"one device's {name}"], 1e-5), norm
 
 
-@pytest.mark.parametrize(("world_size", "layout"), TP_LAYOUTS)
-def test_layer_equals_the_unsplit_one_with_little_traffic(measured, world_size, layout):
+@pytest.mark.parametrize("layout", TP_LAYOUTS)
+def test_layer_equals_the_unsplit_one_with_little_traffic(measured, layout):
     """1e-6 in float64: Moshi's two norms compute in float32 whatever the layer's dtype."""
+    world_size, ranks = LAYOUTS[layout][0], LAYOUTS[layout][1].tp
     found = measured(world_size)[f"layer {layout}"]
     assert found["error"][0] < 1e-6, found["error"]
     # Attention, TTT and feed-forward sum their outputs, in the backward their inputs' gradients;
     # TTT's norm gathers two float32 statistics a token. Nothing gathers weights or activations.
     # A rank does its share of the matrix work, attention and inner steps included.
-    ranks = 4 if layout == "tp 4" else 2
     assert found["work"] == pytest.approx(1 / ranks, rel=0.05)
     assert found["forward"] == {"all_gather_into_tensor": 1, "all_reduce": 3}
     assert found["backward"] == {"reduce_scatter_tensor": 1, "all_reduce": 3}
 
 
-@pytest.mark.parametrize(
-    ("world_size", "direction"), [(2, "reshard"), (2, "reshard back"), (4, "reshard")]
-)
-def test_checkpoint_of_another_layout_loads_bitwise(measured, world_size, direction):
-    found = measured(world_size)[direction]
-    assert found["progress"] == [1, 4]
+@pytest.mark.parametrize("name", RESHARDS)
+def test_checkpoint_of_another_layout_loads_bitwise(measured, name):
+    world_size = LAYOUTS[RESHARDS[name][0]][0]
+    found = measured(world_size)[f"reshard {name}"]
+    assert found["progress"] == [1, SAMPLES]
     assert found["same_names"]
     assert found["moments"] > 100
     assert found["different"] == []
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "place_into returns its second argument",
-        "no grad_placements",
-        "plain Shard(0) on packed weights",
-        "post_norm over own heads",
-        "TTT gradients not reduced over dp",
-        "loss divided by local weights",
-    ],
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_the_comparison_catches_a_planted_fault(measured, fault):
     """Sound layouts stay below 1e-6; each of these mistakes is off by thousands of times that."""
-    error, _ = measured(2)[f"fault {fault}"]["gradients"]
+    world_size = LAYOUTS[FAULTS[fault][0]][0]
+    error, _ = measured(world_size)[f"fault {fault}"]["gradients"]
     assert not error < 1e-3  # a NaN is caught too

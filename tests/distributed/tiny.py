@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
@@ -41,16 +42,20 @@ LM_CONFIG = {
     "depformer_weights_per_step": True,
     "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
 }
+# Over ranks: as many heads as tp 4 x fsdp 2 has ranks.
+WIDE_LM_CONFIG = LM_CONFIG | {"dim": 64, "num_heads": 8}
 TTT_LAYERS = (1, 2)
 TTT_CONTEXT, OTHER_CONTEXT = 5, 7
 FRAMES = 29  # three mini-batches of 8 and a remainder of 5; no multiple of 2 or 4 ranks
 
 
-def ttt_placement(inner_model: str = "mlp", alpha: float = 0.3) -> TTTPlacement:
+def ttt_placement(
+    inner_model: str = "mlp", alpha: float = 0.3, lm_config: dict[str, Any] = LM_CONFIG
+) -> TTTPlacement:
     """TTT in the two middle layers; mini-batches of 8, groups of 2 so that checkpoints matter."""
     layer = TTTConfig(
-        model_dim=LM_CONFIG["dim"],
-        num_heads=LM_CONFIG["num_heads"],
+        model_dim=lm_config["dim"],
+        num_heads=lm_config["num_heads"],
         inner_model=inner_model,
         mini_batch_size=8,
         base_lr=2.0,
@@ -59,10 +64,12 @@ def ttt_placement(inner_model: str = "mlp", alpha: float = 0.3) -> TTTPlacement:
     return TTTPlacement(layer=layer, layers=TTT_LAYERS, initial_alpha=alpha)
 
 
-def stock_model(dtype: torch.dtype = torch.float32) -> LMModel:
+def stock_model(
+    dtype: torch.dtype = torch.float32, lm_config: dict[str, Any] = LM_CONFIG
+) -> LMModel:
     """moshi's own model with fixed random weights (and norms that aren't all one)."""
     torch.manual_seed(1)
-    model = LMModel(device="cpu", dtype=torch.float32, **LM_CONFIG)
+    model = LMModel(device="cpu", dtype=torch.float32, **lm_config)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "norm" in name:
@@ -70,11 +77,11 @@ def stock_model(dtype: torch.dtype = torch.float32) -> LMModel:
     return model.to(dtype)
 
 
-def save_release_weights(path: Path) -> None:
+def save_release_weights(path: Path, lm_config: dict[str, Any] = LM_CONFIG) -> None:
     """`model.safetensors` as a release has it: attention packed over the Depformer's steps."""
     tensors: dict[str, torch.Tensor] = {}
     packed: dict[str, list[torch.Tensor]] = {}
-    for name, value in stock_model().state_dict().items():
+    for name, value in stock_model(lm_config=lm_config).state_dict().items():
         if ".in_projs." in name:
             packed.setdefault(name.split(".in_projs.")[0] + ".in_proj_weight", []).append(value)
         elif ".out_projs." in name:

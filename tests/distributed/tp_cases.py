@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tiny
 import torch
-from measure import relative_errors, worst
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -15,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.frame_sharing import SharedFrames
 from parallel.mesh import Mesh
 from parallel.tensor_parallel import split_layer
+from tests.distributed import tiny
+from tests.distributed.measure import relative_errors, worst
 from ttt_dist.moshi.build import build_model, transformer_layers
 from ttt_dist.norm import ShardedLayerNorm
 from ttt_dist.placement import PARTIAL, place_into, to_local
@@ -107,15 +107,16 @@ def placement_words(mesh: Mesh) -> dict[str, Any]:
 def layer_traffic(mesh: Mesh) -> dict[str, Any]:
     """Collectives of one hybrid layer on the tp axis, and its agreement with the unsplit layer."""
     assert mesh.tp is not None
+    placement = tiny.ttt_placement(lm_config=tiny.WIDE_LM_CONFIG)
     plain, split = (
-        transformer_layers(build_model(tiny.LM_CONFIG, tiny.ttt_placement(), device="cpu"))[1]
+        transformer_layers(build_model(tiny.WIDE_LM_CONFIG, placement, device="cpu"))[1]
         for _ in range(2)
     )
     plain, split = plain.double(), split.double()
     split.load_state_dict(plain.state_dict())
     split_layer(split, mesh.tp)
     torch.manual_seed(0)
-    x = torch.randn(2, tiny.FRAMES, tiny.LM_CONFIG["dim"], dtype=torch.float64)
+    x = torch.randn(2, tiny.FRAMES, tiny.WIDE_LM_CONFIG["dim"], dtype=torch.float64)
     x_plain, x_split = x.clone().requires_grad_(), x.clone().requires_grad_()
     counts: dict[str, Any] = {}
     with FlopCounterMode(display=False) as plain_work:

@@ -1,0 +1,78 @@
+"""What is trained over ranks: layouts, and the table of cases that worker.py runs and tests judge.
+
+A new case is one line of `CASES`; `plan` overrides fields of `ParallelPlan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from parallel.mesh import Layout
+
+STEPS = 5
+SAMPLES = 8  # a step, over all ranks
+ACCUMULATION = 2  # microbatches a rank and step
+MAX_NORM = 0.5  # the gradients' norm is 2 to 11: clipping acts in every step
+
+# name -> (ranks, layout)
+LAYOUTS: dict[str, tuple[int, Layout]] = {
+    "fsdp 2": (2, Layout()),
+    "tp 2": (2, Layout(tp=2)),
+    "replicate 2": (2, Layout(dp_replicate=2)),
+    "tp 2 x fsdp 2": (4, Layout(tp=2)),
+    "tp 4": (4, Layout(tp=4)),
+    "replicate 2 x tp 2": (4, Layout(dp_replicate=2, tp=2)),
+    "hsdp 2 x 2": (4, Layout(dp_replicate=2, dp_shard=2)),
+    "hsdp 2 x 2 x tp 2": (8, Layout(dp_replicate=2, dp_shard=2, tp=2)),
+    "tp 4 x fsdp 2": (8, Layout(dp_shard=2, tp=4)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison with the model on one process.
+
+    Args:
+        layout: a name of `LAYOUTS`.
+        dtype: of weights, computation and gradient sums.
+        inner_model: TTT's, `mlp` or `linear`.
+        frozen: train TTT alone.
+        plan: fields of `ParallelPlan` beside the dtypes.
+    """
+
+    layout: str
+    dtype: torch.dtype = torch.float64
+    inner_model: str = "mlp"
+    frozen: bool = False
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        return LAYOUTS[self.layout][0]
+
+
+CASES: dict[str, Case] = {
+    **{f"{layout}, float64": Case(layout) for layout in LAYOUTS},
+    "fsdp 2, float32": Case("fsdp 2", torch.float32),
+    "tp 2, float32": Case("tp 2", torch.float32),
+    "tp 2 x fsdp 2, float32": Case("tp 2 x fsdp 2", torch.float32),
+    "tp 2, linear": Case("tp 2", inner_model="linear"),
+    "tp 2 x fsdp 2, linear": Case("tp 2 x fsdp 2", inner_model="linear"),
+    "tp 2, frozen": Case("tp 2", frozen=True),
+    "tp 2 x fsdp 2, frozen": Case("tp 2 x fsdp 2", frozen=True),
+}
+
+# A checkpoint of the first layout is loaded into the second.
+RESHARDS: dict[str, tuple[str, str]] = {
+    "fsdp 2 to tp 2": ("fsdp 2", "tp 2"),
+    "tp 2 to fsdp 2": ("tp 2", "fsdp 2"),
+    "tp 2 x fsdp 2 to tp 4": ("tp 2 x fsdp 2", "tp 4"),
+}
+
+# Where one layer and the words of DTensor are looked at on the tp axis alone.
+TP_LAYOUTS = tuple(
+    name for name, (ranks, layout) in LAYOUTS.items() if layout.tp > 1 and ranks <= 4
+)

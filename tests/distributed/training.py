@@ -1,0 +1,231 @@
+"""A few steps of the tiny model on ranks beside the same steps on one process, and what differs.
+
+The unsharded run is written out here with plain tensors, plain AdamW and all samples of a step in
+one batch; the sharded run goes through the functions that `launch/train.py` calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from launch.optim import build_optimizers
+from launch.schema import OptimConfig
+from launch.step import StepLoss, accumulate_gradients
+from parallel.mesh import Mesh
+from parallel.parallelize import ParallelPlan, parallelize
+from parallel.reduce import clip_gradients
+from tests.distributed import tiny
+from tests.distributed.cases import ACCUMULATION, MAX_NORM, SAMPLES, STEPS, Case
+from tests.distributed.faults import Fault
+from tests.distributed.measure import largest_of_ranks, relative_errors, whole, worst
+from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.build import build_model, is_ttt_parameter
+from ttt_dist.moshi.context import read_attention_contexts, set_attention_contexts
+from ttt_dist.moshi.loss import LossConfig
+from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
+
+if TYPE_CHECKING:  # torchtitan may not be imported before parallel.device
+    from torchtitan.components.optimizer import OptimizersContainer
+
+OPTIM = OptimConfig(lr=1e-3, ttt_lr=3e-3, pct_start=0.0, final_lr_fraction=1.0)
+Trained = tuple[torch.dtype, str, bool]  # dtype, inner model, frozen backbone
+
+
+class OneRank:
+    """The data axis of the unsharded run."""
+
+    dp_size = 1
+    dp_group = None
+
+
+def make_model(
+    weights: Path, trained: Trained, mesh: Mesh | None, plan: dict[str, Any]
+) -> TTTMoshi:
+    """The tiny model, laid over `mesh` or not, with the values that every run starts from."""
+    dtype, inner_model, frozen = trained
+    model = build_model(
+        tiny.WIDE_LM_CONFIG,
+        tiny.ttt_placement(inner_model, lm_config=tiny.WIDE_LM_CONFIG),
+        dtype=dtype,
+    )
+    set_attention_contexts(model, ttt_context=tiny.TTT_CONTEXT, other_context=tiny.OTHER_CONTEXT)
+    if frozen:
+        for name, value in model.named_parameters():
+            value.requires_grad_(is_ttt_parameter(name))
+    if mesh is not None:
+        settings = {"compute_dtype": dtype, "reduce_dtype": dtype} | plan
+        parallelize(model, mesh, ParallelPlan(**settings))
+    model.to_empty(device="cpu")
+    load_base_weights(model, weights)
+    init_ttt_weights(model, seed=0)
+    return model
+
+
+def loss_config(model: TTTMoshi) -> LossConfig:
+    return LossConfig.of_model(model, text_padding_weight=0.5, first_codebook_weight_multiplier=3.0)
+
+
+def own_microbatches(step: int, mesh: Mesh) -> list[Tensor]:
+    """This rank's share of a step's samples, in `ACCUMULATION` equal microbatches."""
+    codes = tiny.random_codes(SAMPLES, tiny.FRAMES, seed=step)
+    return list(codes.chunk(mesh.dp_size)[mesh.dp_rank].chunk(ACCUMULATION))
+
+
+def step_losses(loss: StepLoss) -> list[float]:
+    return [loss.total.item(), loss.text.item(), loss.audio.item()]
+
+
+def values(model: TTTMoshi) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def gradients(model: TTTMoshi) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@dataclass
+class PlainRun:
+    """The steps of one process, on one batch each.
+
+    The first step's gradients are there at once; `steps` trains on when it is first asked for.
+    """
+
+    weights: Path
+    trained: Trained
+    start: dict[str, Tensor] = field(init=False)
+    gradients: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._model = make_model(self.weights, self.trained, None, {})
+        self.start = {n: v.clone() for n, v in values(self._model).items()}
+        self._first_loss = self._backward(0)
+        self.gradients = {n: g.clone() for n, g in gradients(self._model).items()}
+
+    @cached_property
+    def steps(self) -> tuple[list[list[float]], list[float], dict[str, Tensor]]:
+        """Losses and gradient norms of all steps, and the parameters after them."""
+        groups = build_optimizers(self._model, OPTIM, fused=False).optimizers[0].param_groups
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [value], "lr": group["lr"], "weight_decay": group["weight_decay"]}
+                for group in groups
+                for value in group["params"]
+            ],
+            betas=OPTIM.betas,
+            eps=OPTIM.eps,
+            foreach=False,
+        )
+        losses, norms = [], []
+        for step in range(STEPS):
+            losses.append(self._backward(step) if step else self._first_loss)
+            norms.append(nn.utils.clip_grad_norm_(self._model.parameters(), MAX_NORM).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, norms, values(self._model)
+
+    def _backward(self, step: int) -> list[float]:
+        codes = tiny.random_codes(SAMPLES, tiny.FRAMES, seed=step)
+        config = loss_config(self._model)
+        return step_losses(accumulate_gradients(self._model, [codes], config, OneRank()))
+
+
+class PlainRuns:
+    """Unsharded runs by what they train; each is computed once a job, whatever the layouts."""
+
+    def __init__(self, weights: Path) -> None:
+        self.weights = weights
+        self._done: dict[Trained, PlainRun] = {}
+
+    def of(self, trained: Trained) -> PlainRun:
+        if trained not in self._done:
+            self._done[trained] = PlainRun(self.weights, trained)
+        return self._done[trained]
+
+
+def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str, Any]:
+    """Train on `mesh` as one process does; differences of first gradients and final parameters.
+
+    In float32 the first step alone is judged.
+    """
+    trained = (case.dtype, case.inner_model, case.frozen)
+    plain = plain_runs.of(trained)
+    plain_losses, plain_norms, plain_final = plain.steps
+    model = make_model(plain_runs.weights, trained, mesh, case.plan)
+    config = loss_config(model)
+    optimizers = build_optimizers(model, OPTIM, fused=False)
+    names = list(plain.start)
+    result: dict[str, Any] = {
+        "same_names": names == list(values(model)),
+        "start": worst(errors_on_ranks(values(model), plain.start)),
+        "contexts": read_attention_contexts(model),
+        "losses": [],
+        "norms": [],
+    }
+    for step in range(STEPS if case.dtype == torch.float64 else 1):
+        optimizers.zero_grad()
+        loss = accumulate_gradients(model, own_microbatches(step, mesh), config, mesh)
+        result["losses"].append([step_losses(loss), plain_losses[step]])
+        if step == 0:
+            found = gradients(model)
+            result["trained"] = list(found) == list(plain.gradients)
+            result["untrained"] = [n for n in names if n not in plain.gradients]
+            errors = errors_on_ranks(found, plain.gradients)
+            result["gradients"] = worst(errors)
+            result["finite"] = all(bool(whole(g).isfinite().all()) for g in found.values())
+            if case.dtype == torch.float32:
+                result["all gradients"] = errors
+                exact = plain_runs.of((torch.float64, case.inner_model, case.frozen)).gradients
+                pairs = {n: (g.double(), exact[n]) for n, g in plain.gradients.items()}
+                result["plain rounding"] = relative_errors(pairs)
+        norm = clip_gradients(model.parameters(), MAX_NORM).item()
+        result["norms"].append([norm, plain_norms[step]])
+        optimizers.step()
+    result["elements"] = elements_held(model, optimizers, mesh)
+    if case.dtype == torch.float64:
+        result["parameters"] = worst(errors_on_ranks(values(model), plain_final))
+    return result
+
+
+def errors_on_ranks(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    pairs = {name: (found[name], tensor) for name, tensor in expected.items() if name in found}
+    return largest_of_ranks(relative_errors(pairs))
+
+
+def elements_held(model: TTTMoshi, optimizers: OptimizersContainer, mesh: Mesh) -> dict[str, float]:
+    """Elements of parameters, gradients and moments: this rank's, and what it may hold at most."""
+
+    def own(tensor: Tensor) -> int:
+        return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+    held = total = whole_on_tp = 0
+    for parameter in model.parameters():
+        tensors = [parameter, parameter.grad]
+        state = optimizers.optimizers[0].state[parameter]
+        tensors += [state.get("exp_avg"), state.get("exp_avg_sq")]
+        present = [t for t in tensors if t is not None]
+        held += sum(own(t) for t in present)
+        total += len(present) * parameter.numel()
+        axes = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
+        over_tp = [p for a, p in zip(axes, parameter.placements) if "tp" in a]
+        if not any(isinstance(p, Shard) for p in over_tp):
+            whole_on_tp += len(present) * parameter.numel()
+    shards = mesh.shape["dp_shard"] * mesh.shape["tp"]
+    extra = whole_on_tp * (1 - 1 / mesh.shape["tp"]) / mesh.shape["dp_shard"]
+    return {"held": held, "allowed": 1.05 * total / shards + extra, "extra": extra, "total": total}
+
+
+def planted_fault(plain_runs: PlainRuns, mesh: Mesh, fault: Fault) -> dict[str, Any]:
+    """What the comparison of one step shows where a mistake is planted in the sharded model."""
+    trained = (torch.float64, "mlp", False)
+    plain = plain_runs.of(trained)
+    with fault():
+        model = make_model(plain_runs.weights, trained, mesh, {})
+        accumulate_gradients(model, own_microbatches(0, mesh), loss_config(model), mesh)
+    return {"gradients": worst(errors_on_ranks(gradients(model), plain.gradients))}
