@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ttt_dist.ops import linear_state, mlp_state, ttt_linear, ttt_mlp
+from ttt_dist.ops.dual_form import dual_form_linear, dual_form_mlp
 
 OPS = {"mlp": ttt_mlp, "linear": ttt_linear}
+TWINS = {"mlp": dual_form_mlp, "linear": dual_form_linear}
 FRAMES = ("q", "k", "v", "eta")
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.unit.ops_cases import FRAMES, OPS, gradients, make_case, objective, relative
+from tests.unit.ops_cases import FRAMES, OPS, TWINS, gradients, make_case, objective, relative
 from ttt_dist.ops import apply_rope, linear_state, mlp_state, rope_table, stream_positions
 
 
@@ -47,8 +46,10 @@ def test_bidirectional_form_reads_ahead_within_a_mini_batch(inner):
 
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 @pytest.mark.parametrize("carried", [False, True])
-def test_checkpointing_changes_nothing(inner, carried):
-    """Recomputation repeats the same kernels: outputs and gradients are bitwise equal."""
+@pytest.mark.parametrize("twin", [False, True])
+def test_checkpointing_changes_nothing(inner, carried, twin):
+    """Recomputation repeats the same kernels: outputs and gradients are bitwise equal, but for the
+    norm's two gradients, which are summed up group by group: 1e-14 for another order."""
     case = make_case(inner, 2, 2, 23)
     results = []
     for group_size in (None, 0, 1, 2, 16):
@@ -56,10 +57,16 @@ def test_checkpointing_changes_nothing(inner, carried):
         if carried:
             _, state = make_case(inner, 2, 2, 6, seed=3).run(state)
             _, state = case.run(state, 0, 3)
-        out, after = case.run(state, checkpoint_group_size=group_size)
-        results.append([out, *gradients(objective(out, after), case.x).values()])
+        op = TWINS[inner] if twin else OPS[inner]
+        out, after = case.run(state, op=op, checkpoint_group_size=group_size)
+        results.append({"out": out} | gradients(objective(out, after), case.x))
+    first = results[0]
     for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+        for name, found in other.items():
+            if name.startswith("ln_"):
+                assert relative(found, first[name]) < 1e-14
+            else:
+                assert torch.equal(found, first[name]), name
 
 
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
@@ -145,79 +152,6 @@ def test_shapes_on_the_meta_device():
     out, state = case.run(state)
     assert out.shape == case.x["q"].shape
     assert state.W2.shape == (2, 2, 18, 6)
-
-
-class Recorder(TorchDispatchMode):
-    """Bytes that operators allocate, and reads of device values by the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.host_reads = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.host_reads += 1
-        if not func.is_view:
-            tensors = out if isinstance(out, (list, tuple)) else [out]
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-        return out
-
-
-def bytes_of_a_step(inner, L, group_size, carried):
-    case = make_case(inner, 1, 1, L, d=8, C=4, checkpoint_group_size=group_size)
-    state = case.fresh()
-    if carried:
-        _, state = case.run(state, 0, 3)
-    with Recorder() as recorder:
-        out, after = case.run(state)
-        (out.sum() + sum(w.sum() for w in after.weights + after.pending)).backward()
-    return recorder.bytes
-
-
-@pytest.mark.parametrize("inner", ["mlp", "linear"])
-@pytest.mark.parametrize("group_size", [0, 16])
-@pytest.mark.parametrize("carried", [False, True])
-def test_no_quadratic_memory_traffic(inner, group_size, carried):
-    """All bytes allocated in forward and backward grow as L: four times at 4 L. Indexing `x[i]` in
-    the loop allocates a full-length gradient a step: 10 and more for mini-batches."""
-    short, long = (bytes_of_a_step(inner, L, group_size, carried) for L in (256, 1024))
-    assert long / short < 4.3
-
-
-def saved_bytes(L, group_size):
-    case = make_case("mlp", 1, 1, L, d=8, C=4, checkpoint_group_size=group_size)
-    state = case.fresh()
-    seen = {}
-
-    def pack(t):
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out, _ = case.run(state)
-        seen_at_end = dict(seen)  # storages alive: their addresses are distinct
-    del out
-    return sum(seen_at_end.values())
-
-
-def test_saved_activations_grow_with_the_length():
-    assert saved_bytes(512, 0) / saved_bytes(128, 0) < 4.3
-
-
-def test_checkpointing_keeps_group_borders_only():
-    """Nothing inside a group is kept: a tenth of what the plain scan keeps, at 16 mini-batches."""
-    assert saved_bytes(512, 16) < 0.1 * saved_bytes(512, 0)
-
-
-@pytest.mark.parametrize("length", [1, 3, 11])
-def test_the_host_never_waits_for_the_device(length):
-    case = make_case("mlp", 2, 2, length)
-    with Recorder() as recorder:
-        _, state = case.run(case.fresh())
-        case.run(state)
-        case.run(state, checkpoint_group_size=0)
-    assert recorder.host_reads == 0
 
 
 def test_ops_import_torch_alone():

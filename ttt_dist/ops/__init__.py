@@ -4,13 +4,20 @@ state = mlp_state(W1, b1, W2, b2, batch_size)            # or linear_state(W1, b
 out, state = ttt_mlp(q, k, v, eta, ln_weight, ln_bias, state, mini_batch_size=16)
 """
 
+from torch._ops import OpOverload
+
 from ttt_dist.ops.reference import reference_scan
 from ttt_dist.ops.rope import apply_rope, rope_table, stream_positions
+from ttt_dist.ops.scan_op import SCAN
 from ttt_dist.ops.state import InnerState, linear_state, mlp_state
 from ttt_dist.ops.ttt_linear import ttt_linear
 from ttt_dist.ops.ttt_mlp import ttt_mlp
 
+# Operators whose outputs selective activation checkpointing should save rather than recompute.
+SAVED_OPS: tuple[OpOverload, ...] = (SCAN,)
+
 __all__ = [
+    "SAVED_OPS",
     "InnerState",
     "apply_rope",
     "linear_state",

@@ -79,8 +79,7 @@ def check_scan_arguments(
         problems.append(f"inner_eps is {inner_eps}, expected a number above 0")
     if checkpoint_group_size is not None and checkpoint_group_size < 0:
         problems.append(
-            f"checkpoint_group_size is {checkpoint_group_size}, "
-            "expected at least 1, or 0 or None for no checkpointing"
+            f"checkpoint_group_size is {checkpoint_group_size}, expected None, 0 or more"
         )
     # Asks the device, so only in the bidirectional form; a fresh state is known to fit.
     if not problems and not causal and not state.fresh and bool(state.offset.any()):

@@ -13,12 +13,12 @@ shapes alone. Lengths, offsets and completed mini-batches are tensors on the dev
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ttt_dist.ops.checks import check_scan_arguments
 from ttt_dist.ops.mini_batch import (
@@ -30,17 +30,60 @@ from ttt_dist.ops.mini_batch import (
     token_gradients,
     weight_changes,
 )
+from ttt_dist.ops.scan_op import SCAN, without_autocast
 from ttt_dist.ops.state import InnerState, compute_dtype
 
 
 @dataclass(frozen=True)
-class _Loop:
+class Loop:
     """Settings of one scan."""
 
     mini_batch_size: int
     causal: bool
     eps: float
-    group_size: int  # mini-batches a checkpointed group; 0: none is checkpointed
+    group_size: int | None
+
+    def group_for(self, mini_batches: int) -> int:
+        """Mini-batches a group: near the square root of all where none is asked for."""
+        if self.group_size is None:
+            return max(1, round(math.sqrt(mini_batches)))
+        return self.group_size or mini_batches
+
+
+# Computes all mini-batches of a layout: `(loop, q, k, v, eta, gamma, beta, weights, pending, end)`
+# to outputs and weights; see `fused_segments`.
+Segments = Callable[
+    [Loop, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Weights, Weights | None, Tensor],
+    tuple[Tensor, Weights],
+]
+
+
+def fused_segments(
+    loop: Loop,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weights: Weights,
+    pending: Weights | None,
+    end: Tensor,
+) -> tuple[Tensor, Weights]:
+    """All mini-batches of a layout by one operator: outputs, and weights with completed ones.
+
+    Args:
+        q, k, v: `[B, H, L, d]`; eta `[B, H, L]`; position 0 starts a mini-batch in every lane.
+        gamma, beta: `[H, 1, d]`.
+        weights, pending: `(W1, b1, …)`.
+        end: int64 `[B]`, position after each lane's last frame.
+    """
+    group = loop.group_for(-(-q.shape[2] // loop.mini_batch_size))
+    out, after, _ = SCAN(
+        q, k, v, eta, gamma.squeeze(-2), beta.squeeze(-2), list(weights), list(pending or ()), end,
+        loop.mini_batch_size, loop.causal, loop.eps, group,
+    )  # fmt: skip
+    return out, tuple(after)
 
 
 def scan(
@@ -58,6 +101,7 @@ def scan(
     causal: bool,
     inner_eps: float,
     checkpoint_group_size: int | None,
+    segments: Segments = fused_segments,
 ) -> tuple[Tensor, InnerState]:
     """Run the inner loop of `depth` linear maps; `ttt_mlp` documents arguments and errors."""
     check_scan_arguments(
@@ -75,19 +119,11 @@ def scan(
         inner_eps=inner_eps,
         checkpoint_group_size=checkpoint_group_size,
     )
-    loop = _Loop(mini_batch_size, causal, inner_eps, checkpoint_group_size or 0)
-    # The op decides itself what runs in which dtype: autocast would take the state to bf16.
-    with _without_autocast(q.device.type):
+    loop = Loop(mini_batch_size, causal, inner_eps, checkpoint_group_size)
+    with without_autocast(q.device.type):
         dtype = compute_dtype(q.dtype)
         gamma, beta = (t.to(dtype).unsqueeze(-2) for t in (ln_weight, ln_bias))  # [H, 1, d]
-        return _scan(loop, q, k, v, eta.to(dtype), gamma, beta, state)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    # The meta device, for one, has no autocast to switch off.
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+        return _scan(loop, q, k, v, eta.to(dtype), gamma, beta, state, segments)
 
 
 def real_lengths(eta: Tensor) -> Tensor:
@@ -108,7 +144,7 @@ def _take_frames(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _scan(
-    loop: _Loop,
+    loop: Loop,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,13 +152,14 @@ def _scan(
     gamma: Tensor,
     beta: Tensor,
     state: InnerState,
+    segments: Segments,
 ) -> tuple[Tensor, InnerState]:
     L, C = q.shape[2], loop.mini_batch_size
     lengths = real_lengths(eta)
     end = state.offset + lengths  # position after each lane's last frame
     pending = None if state.fresh else state.pending
     shifted = not state.fresh and L > 1
-    if L == 1 or (state.fresh and L <= C):
+    if L == 1 or (state.fresh and L < C):
         out, weights, pending_after = _one_segment(
             loop, q, k, v, eta, gamma, beta, state.weights, pending, end
         )
@@ -130,7 +167,7 @@ def _scan(
         frames = (q, k, v, eta)
         if shifted:
             frames = _lay_out(frames, state.offset, loop)
-        out, weights = _all_segments(loop, *frames, gamma, beta, state.weights, pending, end)
+        out, weights = segments(loop, *frames, gamma, beta, state.weights, pending, end)
         if shifted:
             frame = torch.arange(L, device=q.device)
             out = _take_frames(out, state.offset[:, None] + frame)
@@ -139,7 +176,7 @@ def _scan(
 
 
 def _lay_out(
-    frames: tuple[Tensor, Tensor, Tensor, Tensor], offset: Tensor, loop: _Loop
+    frames: tuple[Tensor, Tensor, Tensor, Tensor], offset: Tensor, loop: Loop
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shift every lane right by its offset; `[B, H, L + C - 1, …]`, long enough for any offset."""
     q, k, v, eta = frames
@@ -154,7 +191,7 @@ def _lay_out(
 
 
 def _one_segment(
-    loop: _Loop,
+    loop: Loop,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -182,88 +219,8 @@ def _one_segment(
     return out, after, tuple(torch.where(complete, 0.0, c) for c in changes)
 
 
-def _all_segments(
-    loop: _Loop,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    weights: Weights,
-    pending: Weights | None,
-    end: Tensor,
-) -> tuple[Tensor, Weights]:
-    """All mini-batches of a layout, group by group: outputs, and weights with completed ones."""
-    L, C = q.shape[2], loop.mini_batch_size
-    full = L // C
-    group_size = loop.group_size or full
-    groups = [min(group_size, full - start) for start in range(0, full, group_size)]
-    lengths = [n * C for n in groups] + ([L % C] if L % C else [])
-    borders = torch.arange(C, full * C + 1, C, device=q.device)
-    completed = (end[:, None] >= borders).to(eta.dtype)  # [B, full]
-    # No lane completes the shorter mini-batch at the end.
-    masks: list[Tensor | None] = [*completed.split(groups, dim=1)]
-    masks += [None] * (len(lengths) - len(groups))
-
-    differentiable = (q, k, v, eta, gamma, beta, *weights, *(pending or ()))
-    checkpointed = (
-        loop.group_size > 0
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in differentiable)
-    )
-    outs = []
-    # Split once: indexing inside the loop would make each step's backward allocate a gradient of
-    # the full length, O(L²) bytes in all.
-    pieces = zip(*(x.split(lengths, dim=2) for x in (q, k, v, eta)), strict=True)
-    for piece, mask in zip(pieces, masks, strict=True):
-        arguments = (loop, *piece, gamma, beta, weights, pending, mask)
-        if checkpointed:
-            # Nothing in a group draws random numbers.
-            out, weights = checkpoint(
-                _group, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            out, weights = _group(*arguments)
-        outs.append(out)
-        pending = None
-    return torch.cat(outs, dim=2), weights
-
-
-def _group(
-    loop: _Loop,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    weights: Weights,
-    pending: Weights | None,
-    completed: Tensor | None,
-) -> tuple[Tensor, Weights]:
-    """Consecutive mini-batches, `completed` `[B, n]`; or one shorter one, where that is None."""
-    n = 1 if completed is None else completed.shape[1]
-    norm = InnerNorm(gamma, beta, loop.eps)
-    q_n, k_n, v_n, eta_n = (x.unflatten(2, (n, -1)) for x in (q, k, v, eta[..., None]))
-    # [B, H, n, C, C]: independent of the state, so for all mini-batches at once.
-    scores1 = scores(q_n, k_n, q.dtype, eta.dtype, loop.causal)
-    masks: list[Tensor | None] = [None]
-    if completed is not None:
-        masks = [*completed[:, :, None, None, None].unbind(1)]
-    outs = []
-    steps = zip(*(x.unbind(2) for x in (q_n, k_n, v_n, eta_n, scores1)), masks, strict=True)
-    for q_m, k_m, v_m, eta_m, scores_m, mask in steps:
-        out, weights, _ = mini_batch_step(
-            weights, pending, q_m, k_m, v_m, eta_m, scores_m, mask, norm, loop.causal
-        )
-        outs.append(out)
-        pending = None
-    return torch.cat(outs, dim=2), weights
-
-
 def _unfinished(
-    loop: _Loop,
+    loop: Loop,
     k: Tensor,
     v: Tensor,
     eta: Tensor,

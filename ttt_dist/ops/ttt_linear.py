@@ -20,7 +20,7 @@ def ttt_linear(
     mini_batch_size: int,
     causal: bool = True,
     inner_eps: float = 1e-6,
-    checkpoint_group_size: int | None = 16,
+    checkpoint_group_size: int | None = None,
 ) -> tuple[Tensor, InnerState]:
     """`ttt_mlp` with a linear inner network; `state` is that of `linear_state`.
 

@@ -20,7 +20,7 @@ def ttt_mlp(
     mini_batch_size: int,
     causal: bool = True,
     inner_eps: float = 1e-6,
-    checkpoint_group_size: int | None = 16,
+    checkpoint_group_size: int | None = None,
 ) -> tuple[Tensor, InnerState]:
     """Read every token from an inner MLP that learns from the tokens as they come.
 
@@ -50,8 +50,9 @@ def ttt_mlp(
         mini_batch_size: C, tokens that share their start weights; the same over a stream.
         causal: False lets a token read from later ones of its mini-batch.
         inner_eps: of the inner LayerNorm.
-        checkpoint_group_size: mini-batches whose activations are recomputed together in the
-            backward, only the state between groups being kept; 0 or None keeps all activations.
+        checkpoint_group_size: mini-batches that the backward computes once more together; only
+            the state between such groups is kept. None takes about the square root of their number,
+            which needs the least memory; 0 makes a single group.
 
     Returns:
         `[B, H, L, d]` in q's dtype, and the state after the last frame.
