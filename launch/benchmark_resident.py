@@ -1,0 +1,90 @@
+"""Peak resident bytes of one scan, forward and backward, in a process of its own.
+
+Beside tensors this sees what autograd keeps: nodes, saved variables and Python objects, about
+130 KB a mini-batch in the slow twin. Each measurement starts a fresh Python (Linux alone), in which
+malloc gives freed blocks from 64 KiB up back at once: otherwise what it keeps for later, which
+differs from run to run, is counted too.
+
+    python -m launch.benchmark_resident SIDE OP B H d h C L DTYPE GROUP_SIZE THREADS
+
+prints the number (`launch.benchmark --resident` runs this).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from launch.benchmark_cases import SIDES, Case, Drawn, Inner, scan_workload
+from launch.benchmark_measure import step
+
+ROOT = Path(__file__).resolve().parents[1]
+RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of the resident size
+STATUS = Path("/proc/self/status")
+_RETURN_FROM = "65536"  # bytes
+_WARM_UP_MINI_BATCHES = 3
+_SEED = 0
+
+
+def resident_bytes(side: str, case: Case, group_size: int | None, threads: int) -> int:
+    """Most bytes in memory during a step of `side` ("fast" or "twin"), beyond those before it.
+
+    Raises:
+        RuntimeError: the process failed; its message.
+    """
+    sizes = (case.B, case.H, case.d, case.h, case.C, case.L)
+    dtype = str(case.dtype).removeprefix("torch.")
+    words = [side, case.inner, *sizes, dtype, "" if group_size is None else group_size, threads]
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.benchmark_resident", *map(str, words)],
+        cwd=ROOT,
+        env=os.environ
+        | {"MALLOC_MMAP_THRESHOLD_": _RETURN_FROM, "MALLOC_TRIM_THRESHOLD_": _RETURN_FROM},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(f"the process that measures resident bytes failed: {result.stderr}")
+    return int(result.stdout.split()[-1])
+
+
+def resident_supported() -> bool:
+    """Whether this system tells a process its peak resident size."""
+    return RESET.exists() and STATUS.exists()
+
+
+def _size(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _measure(words: Sequence[str]) -> int:
+    side, name, *sizes, dtype, group_size, threads = words
+    inner: Inner = "linear" if name == "linear" else "mlp"
+    torch.set_num_threads(int(threads))
+    B, H, d, h, C, L = map(int, sizes)
+    grouped = {"checkpoint_group_size": int(group_size)} if group_size else {}
+
+    def draw(length: int) -> Drawn:
+        case = Case(inner, B, H, d, h, C, length, getattr(torch, dtype), torch.device("cpu"))
+        return scan_workload(case, SIDES[side][inner], **grouped)(_SEED)
+
+    # Code and libraries are in memory before, by a step too short to leave anything to use again.
+    step(draw(min(L, _WARM_UP_MINI_BATCHES * C)))
+    drawn = draw(L)
+    gc.collect()
+    RESET.write_text("5")
+    before = _size("VmRSS")
+    step(drawn)
+    return _size("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(_measure(sys.argv[1:]))
