@@ -190,7 +190,7 @@ def count_work(tp: int) -> dict[str, float]:
             text, audio = model.token_losses(codes)
             (text.sum() + audio.sum()).backward()
         by_module = backbone.get_flop_counts()
-        for part in ("self_attn", "gating", "ttt"):
+        for part in ("self_attn", "gating", "ttt.layer"):
             name = f"StreamingTransformer.layers.{TTT_LAYER}.{part}"
             found[part] = float(sum(by_module[name].values()))
     found["backbone"] = float(backbone.get_total_flops())

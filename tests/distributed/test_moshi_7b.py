@@ -94,7 +94,7 @@ def test_tp_2_halves_the_work(work, part):
     assert work["tp 2"][part] / work["tp 1"][part] == pytest.approx(0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("part", ["self_attn", "gating", "ttt"])
+@pytest.mark.parametrize("part", ["self_attn", "gating", "ttt.layer"])
 def test_tp_2_halves_each_part_of_a_layer(work, part):
     """A part of few products could be computed whole by both ranks and hide in the sum."""
     assert work["tp 2"][part] == 0.5 * work["tp 1"][part]
@@ -104,7 +104,8 @@ def test_counted_work_is_the_models(work):
     """Half of what isn't counted proves nothing: the count is that of the model's arithmetic."""
     whole = work["tp 1"]
     # The estimate takes attention for the window it sees; computed are all 100 x 100 scores, and of
-    # the inner steps what TTT.md leaves out (C x C scores, the unfinished mini-batch): 0.5 %.
+    # the inner steps what it leaves out (C x C scores, the unfinished mini-batch, whatever the scan
+    # recomputes): 0.4 to 0.6 % in all.
     assert whole["with Depformer"] == pytest.approx(whole["estimate"], rel=0.01)
     # The inner steps are a sixth of a TTT layer: a scan that the counter can't see would miss here.
-    assert whole["ttt"] >= whole["ttt projections"] + whole["ttt inner steps"]
+    assert whole["ttt.layer"] >= whole["ttt projections"] + whole["ttt inner steps"]
