@@ -42,8 +42,11 @@ def refuse_unbuilt(config: TrainConfig) -> list[str]:
             "(ttt.enable: true) or everything (full_finetuning: true)",
         ),
         (
-            config.compile,
-            "compile: found true; torch.compile of the layers isn't built yet; allowed: false",
+            config.compile
+            and config.gradient_checkpointing
+            and config.parallel.recompute == "selective",
+            "parallel.recompute: found selective with compile: true; single operators of compiled "
+            "layers can't be kept; allowed with compile: layer, or gradient_checkpointing: false",
         ),
         (
             ttt.persistent_states,

@@ -172,6 +172,9 @@ class ParallelConfig(Section):
     """free gathered parameters between forward and backward: less memory, more traffic"""
     prefetch_layers: CountInt = 1
     """layers whose parameters are gathered early, before the layer ahead of them computes"""
+    recompute: Literal["layer", "selective"] = "layer"
+    """with gradient_checkpointing: all of a layer but its scan, or less (attention and every second
+    matrix product are kept): faster, more memory"""
     reduce_every_microbatch: bool = False
     """reduce gradients to shards after each microbatch, not each step: less memory, more traffic"""
 
@@ -229,7 +232,7 @@ class TrainConfig(Section):
     deterministic: bool = False
     """same numbers on every run, slower"""
     compile: bool = False
-    """torch.compile the layers"""
+    """torch.compile every layer: faster steps, a slow first one"""
 
     log_freq: PositiveInt = 1
     """steps between two logged ones"""

@@ -127,7 +127,8 @@ def lay_out_model(
         plan = ParallelPlan(
             compute_dtype=compute,
             reduce_dtype=master,
-            activation_checkpointing=config.gradient_checkpointing,
+            recompute=config.parallel.recompute if config.gradient_checkpointing else "none",
+            compile=config.compile,
             reshard_after_forward=config.parallel.reshard_after_forward,
             prefetch_layers=config.parallel.prefetch_layers,
         )

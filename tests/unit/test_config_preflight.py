@@ -50,7 +50,6 @@ def test_7b_configs_lack_nothing_but_data(tmp_path: Path, name: str) -> None:
     ("override", "part"),
     [
         ("lora.enable=true", "LoRA isn't built yet"),
-        ("compile=true", "compile"),
         ("ttt.persistent_states=true", "ttt.persistent_states"),
         ("ttt.ttt_mlp_layers=3", "found 3"),
         ("ttt.log_inner_loop_losses=true", "ttt.log_inner_loop_losses"),
@@ -65,6 +64,14 @@ def test_unbuilt_features_load_and_are_refused_at_start(
     (problem,) = check(demo(tmp_path, override))
     assert problem.startswith(override.split("=")[0])
     assert part in problem
+
+
+def test_compiled_layers_are_kept_or_recomputed_whole(tmp_path: Path) -> None:
+    selective = ["compile=true", "parallel.recompute=selective"]
+    (problem,) = check(demo(tmp_path, *selective))
+    assert problem.startswith("parallel.recompute: found selective")
+    assert check(demo(tmp_path, *selective, "gradient_checkpointing=false")) == []
+    assert check(demo(tmp_path, "compile=true")) == []
 
 
 def test_depth_of_the_inner_mlp_says_nothing_about_ttt_linear(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from moshi.models.lm_utils import _delay_sequence, _undelay_sequence
 from moshi.modules.transformer import StreamingTransformerLayer
 from moshi.utils.compile import no_compile
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.frames import AllFrames, FrameSharing
 from ttt_dist.moshi.loss import masked_cross_entropy
 from ttt_dist.moshi.packed import pack_attention, pack_gating
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _NO_STREAMING = (
     "streaming inference of layers with TTT is not built yet: Moshi's streaming API would forget "
@@ -56,9 +58,8 @@ class TTTBlock(nn.Module):
             torch.full((config.model_dim,), initial_alpha, device=device, dtype=dtype)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, L, D]` to `[B, L, D]`; every call starts from the learned initial weights."""
-        y, _ = self.layer(x)
+    def gate(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x + tanh(alpha) * y`, all `[B, L, D]`; `y` is what the TTT layer gives for `x`."""
         return x + torch.tanh(self.alpha).to(x.dtype) * y
 
 
@@ -66,10 +67,8 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
     """`StreamingTransformerLayer` with an optional TTT block; parameter names stay Moshi's.
 
     Without TTT (`ttt` is None) it computes what Moshi's layer computes, and so it serves as the
-    layer class of the whole model. `checkpoint_activations` recomputes the layer in the backward
-    instead of keeping its activations; `parallel/activation.py` sets it. (A wrapper module would
-    change the parameters' names.) `skip_ttt` leaves the block out, for comparisons
-    (`build.without_ttt`).
+    layer class of the whole model. `skip_ttt` leaves the block out, for comparisons
+    (`build.without_ttt`); otherwise every call starts from TTT's learned initial weights.
 
     The packed weights of self-attention and gated feed-forward are kept in a shape that tensor
     parallelism can cut (`packed.py`); `splittable` tells whether all of the layer's are. Layers
@@ -79,7 +78,6 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ttt: TTTBlock | None = None
-        self.checkpoint_activations = False
         self.skip_ttt = False
         packed = [not self.skip_self_attn and pack_attention(self.self_attn)]
         packed.append(pack_gating(self.gating))
@@ -91,6 +89,20 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
             raise ValueError("this layer has a TTT block already")
         self.ttt = block
 
+    def wrap_parts(self, backbone: Wrapper, ttt: Wrapper) -> None:
+        """Put `backbone` around Moshi's computation and `ttt` around the TTT layer's.
+
+        A layer without TTT is one part. One with TTT is three: attention, the TTT layer, gate and
+        feed-forward: FSDP2 gathers the TTT layer's weights in hooks that stay outside of all
+        wrappers. (Wrapper modules would do as much, and change the parameters' names.)
+        """
+        if self.ttt is None:
+            self._whole = backbone(self._whole)  # type: ignore[method-assign]
+            return
+        self._attend = backbone(self._attend)  # type: ignore[method-assign]
+        self.ttt.layer.forward = ttt(self.ttt.layer.forward)  # type: ignore[method-assign]
+        self._gate_and_feed = backbone(self._gate_and_feed)  # type: ignore[method-assign]
+
     def _init_streaming_state(self, batch_size: int) -> Any:
         if self.ttt is not None:
             raise RuntimeError(_NO_STREAMING)
@@ -98,32 +110,34 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
 
     def forward(self, x: Tensor, cross_attention_src: Tensor | None = None) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            # The layer draws no random numbers, so none need to be kept and replayed.
-            return checkpoint(
-                self._compute,
-                x,
-                cross_attention_src,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        return self._compute(x, cross_attention_src)
+        if self.ttt is None:
+            x = self._whole(x, cross_attention_src)
+        else:
+            x = self._attend(x, cross_attention_src)
+            y = None if self.skip_ttt else self.ttt.layer(x)[0]
+            x = self._gate_and_feed(x, y)
+        state = self._streaming_state
+        if state is not None:
+            state.offset_cpu += x.shape[1]
+        return x
 
-    def _compute(self, x: Tensor, cross_attention_src: Tensor | None) -> Tensor:
-        # Moshi's own rule: its fused kernels are compiled on GPUs alone.
-        with nullcontext() if x.device.type == "cuda" else no_compile():
+    def _whole(self, x: Tensor, cross_attention_src: Tensor | None) -> Tensor:
+        return self._gate_and_feed(self._attend(x, cross_attention_src), None)
+
+    def _attend(self, x: Tensor, cross_attention_src: Tensor | None) -> Tensor:
+        with _moshis_own_compilation(x):
             x = self._sa_block(x)
-            if self.cross_attention is not None:
-                if cross_attention_src is None:
-                    raise ValueError("this layer has cross-attention; give cross_attention_src")
-                x = self._cross_attention_block(x, cross_attention_src)
-            if self.ttt is not None and not self.skip_ttt:
-                x = self.ttt(x)
-            x = self._ff_block(x)
-            state = self._streaming_state
-            if state is not None:
-                state.offset_cpu += x.shape[1]
-            return x
+            if self.cross_attention is None:
+                return x
+            if cross_attention_src is None:
+                raise ValueError("this layer has cross-attention; give cross_attention_src")
+            return self._cross_attention_block(x, cross_attention_src)
+
+    def _gate_and_feed(self, x: Tensor, y: Tensor | None) -> Tensor:
+        with _moshis_own_compilation(x):
+            if self.ttt is not None and y is not None:
+                x = self.ttt.gate(x, y)
+            return self._ff_block(x)
 
 
 class TTTMoshi(ShardableLayout, LMModel):
@@ -176,6 +190,13 @@ class TTTMoshi(ShardableLayout, LMModel):
         if any(isinstance(module, TTTBlock) for module in self.modules()):
             raise RuntimeError(_NO_STREAMING)
         super()._start_streaming(batch_size, exit_stack)
+
+
+def _moshis_own_compilation(x: Tensor) -> AbstractContextManager[None]:
+    """Moshi compiles some functions itself: on GPUs alone, and where nothing else does."""
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+        return nullcontext()
+    return no_compile()
 
 
 def _step_losses(logits: Tensor, targets: Tensor) -> Tensor:
