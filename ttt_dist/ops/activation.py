@@ -1,8 +1,8 @@
 """GELU in its tanh form with two derivatives, by one sigmoid: `gelu(x) = x s(y)`,
 `y = 2 sqrt(2/pi) (x + 0.044715 x³)`.
 
-A sigmoid costs a third of a tanh on a CPU, and value and derivatives share it. Everything is
-written into buffers that the caller owns; nothing here is differentiable by autograd.
+A sigmoid costs a third of a tanh on a CPU, and value and derivative share it. Results go into
+buffers that the caller owns; nothing here is differentiable by autograd.
 """
 
 from __future__ import annotations
@@ -16,28 +16,41 @@ _LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
 
 
-def _slope_and_sigmoid(x: Tensor, slope: Tensor, sigmoid: Tensor) -> None:
-    """`y'` and `s(y)` of `x`; three buffers of the same shape."""
-    torch.mul(x, x, out=slope).mul_(_CUBIC).add_(_LINEAR)
-    torch.mul(slope, x, out=sigmoid).sigmoid_()
-    slope.mul_(3.0).sub_(2.0 * _LINEAR)
+class Gelu:
+    """The function and its derivatives for tensors of one dtype and device, those of `like`."""
 
+    def __init__(self, like: Tensor):
+        # Constants as tensors: sums with them take one pass over x rather than two.
+        self._linear = like.new_full((), _LINEAR)
+        self._minus_two_linear = like.new_full((), -2.0 * _LINEAR)
 
-def gelu_(x: Tensor, value: Tensor, derivative: Tensor) -> None:
-    """Write `gelu(x)` and `gelu'(x) = s + x s (1 - s) y'`. `value` may be strided."""
-    slope = torch.empty_like(derivative)
-    _slope_and_sigmoid(x, slope, derivative)
-    torch.mul(x, derivative, out=value)
-    # x s (1 - s) y' = (g - g s) y'
-    rest = torch.addcmul(value, value, derivative, value=-1.0)
-    derivative.addcmul_(rest, slope)
+    def _sigmoid_and_scale(self, x: Tensor, sigmoid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`s(y)` and `y / x`."""
+        scale = torch.addcmul(self._linear, x, x, value=_CUBIC)
+        return torch.mul(scale, x, out=sigmoid).sigmoid_(), scale
 
+    def _slope_(self, scale: Tensor) -> Tensor:
+        """`y' = 3 y / x - 2 y'(0)`, in place of `y / x`."""
+        return torch.add(self._minus_two_linear, scale, alpha=3.0, out=scale)
 
-def gelu_second_derivative(x: Tensor) -> Tensor:
-    """`gelu''(x) = p (4 y' - 2 y'(0) + (1 - 2 s) x y'²)`, `p = s (1 - s)`."""
-    slope, sigmoid = torch.empty_like(x), torch.empty_like(x)
-    _slope_and_sigmoid(x, slope, sigmoid)
-    p = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0)
-    result = torch.mul(x, slope).mul_(slope)
-    result.mul_(sigmoid.mul_(-2.0).add_(1.0)).add_(slope, alpha=4.0).sub_(2.0 * _LINEAR)
-    return result.mul_(p)
+    def value(self, x: Tensor, out: Tensor) -> None:
+        """Write `gelu(x)`; `out` may be strided."""
+        sigmoid, _ = self._sigmoid_and_scale(x, None)
+        torch.mul(x, sigmoid, out=out)
+
+    def value_and_derivative(self, x: Tensor, value: Tensor, derivative: Tensor) -> None:
+        """Write `gelu(x)`, and `gelu'(x) = s + x s (1 - s) y'`; `value` may be strided."""
+        sigmoid, scale = self._sigmoid_and_scale(x, derivative)
+        torch.mul(x, sigmoid, out=value)
+        # x s (1 - s) y' = (g - g s) y'
+        rest = torch.addcmul(value, value, sigmoid, value=-1.0)
+        sigmoid.addcmul_(rest, self._slope_(scale))
+
+    def second_derivative(self, x: Tensor) -> Tensor:
+        """`gelu''(x) = p (4 y' - 2 y'(0) + (1 - 2 s) x y'²)`, `p = s (1 - s)`."""
+        sigmoid, scale = self._sigmoid_and_scale(x, None)
+        slope = self._slope_(scale)
+        p = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0)
+        result = torch.mul(x, slope).mul_(slope)
+        result.mul_(sigmoid.mul_(-2.0).add_(1.0)).add_(slope, alpha=4.0).sub_(2.0 * _LINEAR)
+        return result.mul_(p)

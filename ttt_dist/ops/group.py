@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ttt_dist.ops.inner_loss import InnerNorm
@@ -77,6 +78,21 @@ class FrameGradients:
     beta: Tensor
     pending: list[Tensor] | None
 
+    @classmethod
+    def empty(cls, frames: Frames) -> FrameGradients:
+        """Buffers for all of them; gamma's and beta's are sums that start at zero."""
+        N, d = frames.v.shape[1], frames.v.shape[3]
+        pending = None if frames.pending is None else [torch.empty_like(p) for p in frames.pending]
+        return cls(
+            torch.empty_like(frames.v),
+            torch.empty_like(frames.v),
+            torch.empty_like(frames.v),
+            torch.empty_like(frames.eta),
+            frames.v.new_zeros(N, 1, d),
+            frames.v.new_zeros(N, 1, d),
+            pending,
+        )
+
 
 def with_ones(rows: tuple[int, ...], width: int, like: Tensor) -> Tensor:
     """`[*rows, width + 1]` uninitialised but for the last column, ones; rows are padded."""
@@ -98,3 +114,8 @@ def token_sum(x: Tensor) -> Tensor:
 def flat(x: Tensor) -> Tensor:
     """`[n, N, ...]` to `[n N, ...]`: all mini-batches of a group in one batch of products."""
     return x.flatten(0, 1)
+
+
+def slabs(n: int, size: int) -> list[slice]:
+    """`n` mini-batches cut into slices of up to `size`."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -18,6 +18,8 @@ from ttt_dist.ops.linear_group import LinearGroup
 from ttt_dist.ops.mlp_group import MlpGroup
 from ttt_dist.ops.products import Products
 
+_SLAB_VALUES = 2**16
+
 
 @dataclass(frozen=True)
 class ScanInputs:
@@ -69,7 +71,10 @@ def select_kernels(inputs: ScanInputs) -> GroupKernels:
     )
     if depth == 1:
         return LinearGroup(settings, n, B * H, C, d, like)
-    return MlpGroup(settings, n, B * H, C, d, like.shape[-1], like)
+    h = like.shape[-1]
+    # As many as fill a buffer of hidden values that still lies in a CPU core's second-level cache.
+    slab = n if like.is_cuda else max(1, _SLAB_VALUES // (B * H * C * h))
+    return MlpGroup(settings, n, slab, B * H, C, d, h, like)
 
 
 def scan_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:

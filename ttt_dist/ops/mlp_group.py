@@ -1,10 +1,15 @@
 """A group of mini-batches of TTT-MLP, forward and backward, written by hand (no autograd).
 
-Only the chain through the keys is serial (`_learn`); queries read from all states of the group at
-once (`_read`). Backward runs `_learn` and `_read` again and walks back. Formulas: arXiv 2407.04620,
-section 2.5, for the dual form; backward is derived from it by hand. Shapes: `ttt_dist.ops.group`.
+Only the chain of states through the keys is serial (`_learn`); queries read from the states of a
+few mini-batches at once (`_Slab`). Backward runs both again and walks back, slab by slab. Formulas:
+arXiv 2407.04620, section 2.5, for the dual form; backward is derived from it by hand. Shapes:
+`ttt_dist.ops.group`.
 
-The inner learning rate enters in one place alone, `G2 = η r ĝ`; everything behind is linear in it.
+The inner learning rate enters in one place alone, `G2 = η r ĝ`; everything behind is linear in it:
+
+    Z1 = K W1;  X2 = gelu(Z1);  r ĝ = gradient of the inner loss at X2 W2
+    P = G2 W2ᵀ;  G1 = P∘gelu'(Z1);  W1 ← W1 - Kᵀ G1;  W2 ← W2 - X2ᵀ G2
+    Y1 = Q W1 - A1 G1;  Xb = gelu(Y1);  Y2 = Xb W2 - A2 G2;  A1 = tril(Q Kᵀ);  A2 = tril(Xb X2ᵀ)
 """
 
 from __future__ import annotations
@@ -12,108 +17,103 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_dist.ops.activation import gelu_, gelu_second_derivative
+from ttt_dist.ops.activation import Gelu
 from ttt_dist.ops.group import (
     FrameGradients,
     Frames,
     Settings,
     flat,
     lower_triangle_,
+    slabs,
     token_sum,
     with_ones,
 )
-from ttt_dist.ops.inner_loss import TokenLoss, project
+from ttt_dist.ops.inner_loss import InnerLoss, TokenLoss, project
 
 
 class MlpGroup:
     """Buffers for groups of up to `n` mini-batches, used again from group to group.
 
     Args:
-        n, N, C, d, h: see `ttt_dist.ops.group`; h is the hidden width.
+        n, slab: mini-batches of a group, and how many of them are taken at once where they don't
+            depend on each other.
+        N, C, d, h: see `ttt_dist.ops.group`; h is the hidden width.
         like: gives dtype and device.
     """
 
-    def __init__(self, settings: Settings, n: int, N: int, C: int, d: int, h: int, like: Tensor):
-        self.settings, self.C, self.d, self.h = settings, C, d, h
-        self.gamma_square = settings.norm.gamma.square()
-
-        def buffer(*shape: int) -> Tensor:
-            return like.new_empty(shape)
-
-        self._W1, self._W2 = buffer(n + 1, N, d + 1, h), buffer(n + 1, N, h + 1, d)
-        self._hidden = buffer(n, N, 2 * C, h)  # Z1 over Y1; in backward their gradients
-        # X2 over Xb over dP, and beside them dZ2 over dY2 over G2: one product sums dW2 up.
-        self._x = with_ones((n, N, 3 * C), h, like)
-        self._x[:, :, 2 * C :, h] = 0.0
-        self._y = buffer(n, N, 3 * C, d)
-        self._slope = buffer(n, N, C, h)  # gelu'(Z1)
-        self._P, self._G1 = buffer(n, N, C, h), buffer(n, N, C, h)
+    def __init__(
+        self, settings: Settings, n: int, slab: int, N: int, C: int, d: int, h: int, like: Tensor
+    ):
+        self.settings, self.slab, self.C, self.d, self.h = settings, min(slab, n), C, d, h
+        self.loss, self.gelu = InnerLoss(settings.norm, N, C), Gelu(like)
+        self.like = like
+        self.W1, self.W2 = like.new_empty(n + 1, N, d + 1, h), like.new_empty(n + 1, N, h + 1, d)
+        self.Z1, self.slope, self.P = like.new_empty(3, n, N, C, h).unbind()
+        self.X2 = with_ones((n, N, C), h, like)
+        self.G2 = like.new_empty(n, N, C, d)
+        # Views that every mini-batch takes, made once.
+        self._views = list(
+            zip(
+                self.W1.unbind(),
+                self.W1.unbind()[1:],
+                self.W2.unbind(),
+                self.W2.unbind()[1:],
+                self.W2[:, :, :h].mT.unbind(),
+                self.Z1.unbind(),
+                self.slope.unbind(),
+                self.P.unbind(),
+                self.X2.unbind(),
+                self.X2[..., :h].unbind(),
+                self.X2.mT.unbind(),
+                self.G2.unbind(),
+                strict=False,
+            )
+        )
+        self._G1 = like.new_empty(N, C, h)
 
     def forward(self, frames: Frames, weights: list[Tensor]) -> Tensor:
         """Outputs `[n, N, C, d]`; `weights` are replaced, in place, by those after the group."""
-        self._start(frames, weights)
-        self._learn(frames)
-        self._read(frames)
-        for w, stack in zip(weights, (self._W1, self._W2), strict=True):
-            w.copy_(stack[self.n])
-        x_hat, _ = self.settings.norm.normalise(self.Y2)
-        norm = self.settings.norm
-        return torch.addcmul(norm.beta, norm.gamma, x_hat).add_(frames.q)
+        n = frames.v.shape[0]
+        self._learn(frames, weights)
+        outs = [
+            self.settings.norm.read(_Slab(self, frames, part, backward=False).Y2)
+            for part in slabs(n, self.slab)
+        ]
+        for w, stack in zip(weights, (self.W1, self.W2), strict=True):
+            w.copy_(stack[n])
+        return torch.cat(outs).add_(frames.q)
 
-    def _start(self, frames: Frames, weights: list[Tensor]) -> None:
-        n, C = frames.v.shape[0], self.C
-        self.n = n
-        self._W1[0].copy_(weights[0])
-        self._W2[0].copy_(weights[1])
-        self.W1, self.W2 = self._W1[:n], self._W2[:n]
-        self.hidden, self.x, self.y = self._hidden[:n], self._x[:n], self._y[:n]
-        self.slope, self.P, self.G1 = self._slope[:n], self._P[:n], self._G1[:n]
-        self.X2, self.Xb, self.dP = self.x[:, :, :C], self.x[:, :, C : 2 * C], self.x[:, :, 2 * C :]
-        self.G2 = self.y[:, :, 2 * C :]
-        # Keys whose contributions reach the weights: the mask costs nothing here.
-        self.k_learnt = frames.kq[:, :, :C] * frames.completed
-        norm = self.settings.norm
-        self.gamma_shift = (frames.k - frames.v).add_(norm.beta).mul_(norm.gamma)
+    def _learn(self, frames: Frames, weights: list[Tensor]) -> None:
+        """The chain of states, `W1` and `W2`, and what led from each to the next."""
+        n, products, norm_loss = frames.v.shape[0], self.settings.products, self.loss
+        self.W1[0].copy_(weights[0])
+        self.W2[0].copy_(weights[1])
+        # Masked keys mask what reaches W1 at no cost in the loop.
+        k_learnt = (frames.kq[:, :, : self.C] * frames.completed).mT.unbind()
+        k, eta, completed = (
+            frames.kq[:, :, : self.C].unbind(),
+            frames.eta.unbind(),
+            frames.completed,
+        )
+        shifts = norm_loss.shift(frames.k, frames.v).unbind()
         self.losses: list[TokenLoss] = []
-
-    def _learn(self, frames: Frames) -> None:
-        """The chain of states, `self.W1`, `self.W2`, and the token gradients `G1`, `G2`."""
-        C, h, products = self.C, self.h, self.settings.products
-        for m in range(self.n):
-            W1, W2 = self._W1[m], self._W2[m]
-            hidden = products.mul(frames.kq[m], W1, out=self.hidden[m])
-            gelu_(hidden[:, :C], value=self.X2[m, :, :, :h], derivative=self.slope[m])
-            Z2 = products.mul(self.X2[m], W2)
-            loss = TokenLoss.of(Z2, self.gamma_shift[m], self.gamma_square, self.settings.norm)
-            G2 = torch.mul(loss.g_hat, loss.r * frames.eta[m], out=self.G2[m])
-            P = products.mul(G2, W2[:, :h].mT, out=self.P[m])
-            G1 = torch.mul(P, self.slope[m], out=self.G1[m])
-            products.add(W1, self.k_learnt[m].mT, G1, alpha=-1.0, out=self._W1[m + 1])
-            learnt = G2 * frames.completed[m]
-            products.add(W2, self.X2[m].mT, learnt, alpha=-1.0, out=self._W2[m + 1])
-            self.losses.append(loss)
+        self.rates: list[Tensor] = []
+        for m in range(n):
+            W1, W1_next, W2, W2_next, W2_T, Z1, slope, P, X2, x2, X2_T, G2 = self._views[m]
+            products.mul(k[m], W1, out=Z1)
+            self.gelu.value_and_derivative(Z1, x2, slope)
+            loss = norm_loss.gradient(products.mul(X2, W2), shifts[m])
+            rate = loss.r * eta[m]
+            torch.mul(loss.g_hat, rate, out=G2)
+            products.mul(G2, W2_T, out=P)
+            G1 = torch.mul(P, slope, out=self._G1)
+            products.add(W1, k_learnt[m], G1, alpha=-1.0, out=W1_next)
+            products.add(W2, X2_T, G2 * completed[m], alpha=-1.0, out=W2_next)
             if m == 0 and frames.pending is not None:
-                for stack, p in zip((self._W1, self._W2), frames.pending, strict=True):
-                    stack[1].addcmul_(frames.completed[0], p, value=-1.0)
-
-    def _read(self, frames: Frames) -> None:
-        """What queries see: `A1`, `A2`, the inner network's outputs `Y2`."""
-        C, h, products, causal = self.C, self.h, self.settings.products, self.settings.causal
-        k, q = flat(frames.kq[:, :, :C]), flat(frames.kq[:, :, C:])
-        self.A1 = lower_triangle_(products.mul(q, k.mT), causal)
-        learnt = products.mul(self.A1, flat(self.G1)).unflatten(0, (self.n, -1))
-        Y1 = self.hidden[:, :, C:].sub_(learnt)
-        if frames.pending is not None:
-            Y1[0].sub_(products.mul(frames.kq[0, :, C:], frames.pending[0]))
-        self.slope_y = torch.empty_like(learnt)
-        gelu_(Y1, value=self.Xb[..., :h], derivative=self.slope_y)
-        X2, Xb = flat(self.X2), flat(self.Xb)
-        self.A2 = lower_triangle_(products.mul(Xb, X2.mT), causal)
-        Y2 = products.mul(Xb, flat(self.W2))
-        products.add(Y2, self.A2, flat(self.G2), alpha=-1.0)
-        self.Y2 = Y2.unflatten(0, (self.n, -1))
-        if frames.pending is not None:
-            self.Y2[0].sub_(products.mul(self.Xb[0], frames.pending[1]))
+                W1_next.addcmul_(completed[0], frames.pending[0], value=-1.0)
+                W2_next.addcmul_(completed[0], frames.pending[1], value=-1.0)
+            self.losses.append(loss)
+            self.rates.append(rate)
 
     def backward(
         self, frames: Frames, weights: list[Tensor], d_out: Tensor, d_weights: list[Tensor]
@@ -126,107 +126,183 @@ class MlpGroup:
             d_weights: gradients of the weights after the group; replaced, in place, by those of
                 the weights before it.
         """
-        self._start(frames, weights)
-        self._learn(frames)
-        self._read(frames)
-        # What G1 changes by with Z1; from here on `hidden` holds gradients.
-        self.P.mul_(gelu_second_derivative(self.hidden[:, :, : self.C]))
-        dG1, dG2, dX2, d_scores, d_gamma = self._read_backward(frames, d_out)
-        d_keys, u, da, d_pending = self._learn_backward(frames, dG1, dG2, dX2, d_weights)
-        return self._frame_gradients(frames, d_out, d_scores, d_gamma, d_keys, u, da, d_pending)
+        self._learn(frames, weights)
+        grads = FrameGradients.empty(frames)
+        for part in reversed(slabs(frames.v.shape[0], self.slab)):
+            _Slab(self, frames, part, backward=True).walk_back(d_out[part], d_weights, grads)
+        return grads
+
+
+class _Slab:
+    """What the queries of a few mini-batches see, and the way back through these mini-batches."""
+
+    def __init__(self, group: MlpGroup, frames: Frames, part: slice, *, backward: bool):
+        self.group, self.part, self.frames = group, part, frames
+        products, causal = group.settings.products, group.settings.causal
+        C, h = group.C, group.h
+        self.kq = frames.kq[part]
+        s, N = self.kq.shape[:2]
+        self.W1, self.W2 = group.W1[part], group.W2[part]
+        self.X2, self.G2 = group.X2[part], group.G2[part]
+        self.first = part.start == 0 and frames.pending is not None
+        k, q = flat(self.kq[:, :, :C]), flat(self.kq[:, :, C:])
+        self.G1 = group.P[part] * group.slope[part]
+        self.A1 = lower_triangle_(products.mul(q, k.mT), causal)
+        Y1 = products.mul(q, flat(self.W1))
+        products.add(Y1, self.A1, flat(self.G1), alpha=-1.0)
+        Y1 = Y1.unflatten(0, (s, N))
+        pending = frames.pending
+        if self.first and pending is not None:
+            Y1[0].sub_(products.mul(self.kq[0, :, C:], pending[0]))
+        if backward:
+            # X2 over Xb over dP, and beside them dZ2 over dY2 over G2: one product sums dW2 up.
+            self.x = with_ones((s, N, 3 * C), h, group.like)
+            self.x[:, :, 2 * C :, h] = 0.0
+            self.x[:, :, :C, :h].copy_(self.X2[..., :h])
+            self.Xb = self.x[:, :, C : 2 * C]
+            self.slope_y = torch.empty_like(Y1)
+            group.gelu.value_and_derivative(Y1, self.Xb[..., :h], self.slope_y)
+        else:
+            self.Xb = with_ones((s, N, C), h, group.like)
+            group.gelu.value(Y1, self.Xb[..., :h])
+        Xb = flat(self.Xb)
+        self.A2 = lower_triangle_(products.mul(Xb, flat(self.X2).mT), causal)
+        Y2 = products.mul(Xb, flat(self.W2))
+        products.add(Y2, self.A2, flat(self.G2), alpha=-1.0)
+        self.Y2 = Y2.unflatten(0, (s, N))
+        if self.first and pending is not None:
+            self.Y2[0].sub_(products.mul(self.Xb[0], pending[1]))
+
+    def walk_back(self, d_out: Tensor, d_weights: list[Tensor], grads: FrameGradients) -> None:
+        """Fill this slab's part of `grads`; replace the weights' gradients by those before it."""
+        group, frames, part, C, d = self.group, self.frames, self.part, self.group.C, self.group.d
+        products, norm = group.settings.products, group.settings.norm
+        s, N = self.kq.shape[:2]
+        k, q = frames.k[part], frames.q[part]
+        dG1, dG2, dX2, S1 = self._read_backward(d_out, grads)
+        self._learn_backward(dG1, dG2, dX2, d_weights, grads)
+
+        dkq = products.mul(flat(self.hidden), flat(self.W1)[:, :d].mT).unflatten(0, (s, N))
+        if self.first and frames.pending is not None:
+            dkq[0, :, C:].sub_(products.mul(self.hidden[0, :, C:], frames.pending[0][:, :d].mT))
+        dq = products.mul(S1, flat(k)).unflatten(0, (s, N)).add_(d_out)
+        torch.add(dq, dkq[:, :, C:], out=grads.q[part])
+        through_updates = grads.k[part].mul_(frames.completed[part])
+        dk = products.mul(S1.mT, flat(q)).unflatten(0, (s, N)).sub_(through_updates)
+        losses = group.losses[part]
+        x_hat, da = torch.stack([x.x_hat for x in losses]), grads.v[part]
+        error = torch.addcmul(norm.beta, norm.gamma, x_hat).sub_(frames.v[part]).add_(k)
+        de = da * norm.gamma
+        torch.add(dk.add_(dkq[:, :, :C]), de, out=grads.k[part])
+        grads.gamma.add_(token_sum(torch.mul(da, error).addcmul_(de, x_hat)))
+        grads.beta.add_(token_sum(de + d_out))
+        torch.neg(de, out=grads.v[part])
+        g = torch.stack([x.g_hat for x in losses])
+        rate_gradient = dG2.mul_(g).sum(-1, keepdim=True)
+        torch.mul(rate_gradient, torch.stack([x.r for x in losses]), out=grads.eta[part])
 
     def _read_backward(
-        self, frames: Frames, d_out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients, through the outputs, of `G1`, `G2`, `X2`, of `q kᵀ`, and of gamma."""
-        C, h, products, causal = self.C, self.h, self.settings.products, self.settings.causal
-        norm, n = self.settings.norm, self.n
+        self, d_out: Tensor, grads: FrameGradients
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients, through the outputs, of `G1`, `G2`, `X2` and of `Q Kᵀ`."""
+        group, C, h = self.group, self.group.C, self.group.h
+        products, norm, causal = group.settings.products, group.settings.norm, group.settings.causal
+        s, N = self.kq.shape[:2]
         x_hat, r = norm.normalise(self.Y2)
-        d_gamma = token_sum(d_out * x_hat)
-        dY2 = torch.mul(project(d_out * norm.gamma, x_hat), r, out=self.y[:, :, C : 2 * C])
-        dY2, G2, X2, Xb = flat(dY2), flat(self.G2), flat(self.X2), flat(self.Xb)
+        grads.gamma.add_(token_sum(d_out * x_hat))
+        dY2 = flat(project(d_out * norm.gamma, x_hat).mul_(r))
+        G1, G2, X2, Xb = (flat(x) for x in (self.G1, self.G2, self.X2, self.Xb))
         S2 = lower_triangle_(products.mul(dY2, G2.mT).neg_(), causal)
         dXb = products.mul(dY2, flat(self.W2)[:, :h].mT)
         products.add(dXb, S2, X2[..., :h])
-        dXb = dXb.unflatten(0, (n, -1))
-        if frames.pending is not None:
-            dXb[0].sub_(products.mul(self.y[0, :, C : 2 * C], frames.pending[1][:, :h].mT))
+        dXb, dY2_n = dXb.unflatten(0, (s, N)), dY2.unflatten(0, (s, N))
+        pending = self.frames.pending
+        if self.first and pending is not None:
+            dXb[0].sub_(products.mul(dY2_n[0], pending[1][:, :h].mT))
+        # dZ1 over dY1, which dW1 and the gradients of keys over queries are products with.
+        self.hidden = group.like.new_empty(s, N, 2 * C, h)
         dY1 = flat(torch.mul(dXb, self.slope_y, out=self.hidden[:, :, C:]))
-        G1 = flat(self.G1)
         S1 = lower_triangle_(products.mul(dY1, G1.mT).neg_(), causal)
-        dG1 = products.mul(self.A1.mT, dY1).neg_()
+        # Their buffers are free by now.
+        dG1 = products.mul(self.A1.mT, dY1, out=flat(self.slope_y)).neg_()
+        dX2 = products.mul(S2.mT, Xb[..., :h], out=flat(dXb))
         dG2 = products.mul(self.A2.mT, dY2).neg_()
-        dX2 = products.mul(S2.mT, Xb[..., :h])
-        dG1, dG2, dX2, S1 = (x.unflatten(0, (n, -1)) for x in (dG1, dG2, dX2, S1))
-        return dG1, dG2, dX2, S1, d_gamma
+        self.y = torch.cat((torch.empty_like(dY2_n), dY2_n, self.G2), dim=2)
+        return (*(x.unflatten(0, (s, N)) for x in (dG1, dG2, dX2)), S1)
 
     def _learn_backward(
-        self, frames: Frames, dG1: Tensor, dG2: Tensor, dX2: Tensor, d_weights: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor] | None]:
+        self,
+        dG1: Tensor,
+        dG2: Tensor,
+        dX2: Tensor,
+        d_weights: list[Tensor],
+        grads: FrameGradients,
+    ) -> None:
         """Back through the chain of states.
 
-        Returns:
-            The gradient of keys through the updates of W1, `[n, N, C, d]`; gradients of `G2 / η`
-            and of `a`, one tensor a mini-batch; those of `pending`.
+        `dG2` becomes the gradient of `G2`; `grads.k` and `grads.v` are given the gradients of keys
+        through the updates, without the mask, and of the loss's `a`.
         """
-        C, d, h, products = self.C, self.d, self.h, self.settings.products
+        group, C, d, h = self.group, self.group.C, self.group.d, self.group.h
+        products, frames, part = group.settings.products, self.frames, self.part
         U1, U2 = d_weights
-        d_keys = torch.empty_like(frames.v)
-        d_pending: list[Tensor] | None = None
-        d_G2s, das = [], []
-        for m in reversed(range(self.n)):
-            completed, loss, W2 = frames.completed[m], self.losses[m], self._W2[m]
-            dG1_m = products.add(dG1[m], self.k_learnt[m], U1, alpha=-1.0)
-            dG2_m = dG2[m].addcmul_(completed, products.mul(self.X2[m], U2), value=-1.0)
-            dP = torch.mul(dG1_m, self.slope[m], out=self.dP[m, :, :, :h])
-            products.add(dG2_m, dP, W2[:, :h])
-            da, dZ2 = loss.backward(dG2_m * (loss.r * frames.eta[m]), self.gamma_square)
-            self.y[m, :, :C].copy_(dZ2)
-            dX2_m = products.add(dX2[m], self.G2[m] * completed, U2[:, :h].mT, alpha=-1.0)
-            products.add(dX2_m, dZ2, W2[:, :h].mT)
-            dZ1 = torch.mul(dG1_m, self.P[m], out=self.hidden[m, :, :C])
-            dZ1.addcmul_(dX2_m, self.slope[m])
-            products.mul(self.G1[m], U1[:, :d].mT, out=d_keys[m])
-            if m == 0 and frames.pending is not None:
-                d_pending = self._pending_gradients(frames, U1, U2)
-            products.add(U1, frames.kq[m].mT, self.hidden[m])
-            products.add(U2, self.x[m].mT, self.y[m])
-            d_G2s.append(dG2_m)
-            das.append(da)
-        return d_keys.mul_(frames.completed), d_G2s[::-1], das[::-1], d_pending
+        U1_T, U2_rows, U2_T = U1[:, :d].mT, U2, U2[:, :h].mT
+        curvature = group.P[part].mul_(group.gelu.second_derivative(group.Z1[part]))
+        completed = frames.completed[part]
+        k_learnt = self.kq[:, :, :C] * completed
+        G2_learnt = self.G2 * completed
+        steps = list(
+            zip(
+                range(part.start, part.stop),
+                completed.unbind(),
+                k_learnt.unbind(),
+                self.kq.mT.unbind(),
+                self.X2.unbind(),
+                self.W2[:, :, :h].unbind(),
+                self.W2[:, :, :h].mT.unbind(),
+                self.G1.unbind(),
+                G2_learnt.unbind(),
+                group.slope[part].unbind(),
+                curvature.unbind(),
+                self.hidden.unbind(),
+                self.hidden[:, :, :C].unbind(),
+                self.x.mT.unbind(),
+                self.x[:, :, 2 * C :, :h].unbind(),
+                self.y.unbind(),
+                self.y[:, :, :C].unbind(),
+                dG1.unbind(),
+                dG2.unbind(),
+                dX2.unbind(),
+                grads.k[part].unbind(),
+                grads.v[part].unbind(),
+                strict=True,
+            )
+        )
+        for (
+            m, mask, k_m, kq_T, X2_m, W2_m, W2_T, G1_m, G2_m, slope, curve, hidden, dZ1, x_T, dP,
+            y, dZ2_row, dG1_m, dG2_m, dX2_m, dk_m, da_m,
+        ) in reversed(steps):  # fmt: skip
+            products.add(dG1_m, k_m, U1, alpha=-1.0)
+            dG2_m.addcmul_(mask, products.mul(X2_m, U2_rows), value=-1.0)
+            torch.mul(dG1_m, slope, out=dP)
+            products.add(dG2_m, dP, W2_m)
+            u = dG2_m * group.rates[m]
+            dZ2 = torch.empty_like(u)
+            da_m.copy_(group.loss.backward(u, group.losses[m], dZ2))
+            dZ2_row.copy_(dZ2)
+            products.add(dX2_m, G2_m, U2_T, alpha=-1.0)
+            products.add(dX2_m, dZ2, W2_T)
+            torch.mul(dG1_m, curve, out=dZ1).addcmul_(dX2_m, slope)
+            products.mul(G1_m, U1_T, out=dk_m)
+            if m == 0 and grads.pending is not None:
+                self._pending_gradients(U1, U2, grads.pending)
+            products.add(U1, kq_T, hidden)
+            products.add(U2, x_T, y)
 
-    def _pending_gradients(self, frames: Frames, U1: Tensor, U2: Tensor) -> list[Tensor]:
-        C, products, completed = self.C, self.settings.products, frames.completed[0]
-        d_pending = [(U * completed).neg_() for U in (U1, U2)]
-        q, Xb = frames.kq[0, :, C:], self.Xb[0]
+    def _pending_gradients(self, U1: Tensor, U2: Tensor, d_pending: list[Tensor]) -> None:
+        C, products = self.group.C, self.group.settings.products
+        q, Xb, completed = self.kq[0, :, C:], self.Xb[0], self.frames.completed[0]
+        torch.mul(U1, completed, out=d_pending[0]).neg_()
+        torch.mul(U2, completed, out=d_pending[1]).neg_()
         products.add(d_pending[0], q.mT, self.hidden[0, :, C:], alpha=-1.0)
         products.add(d_pending[1], Xb.mT, self.y[0, :, C : 2 * C], alpha=-1.0)
-        return d_pending
-
-    def _frame_gradients(
-        self,
-        frames: Frames,
-        d_out: Tensor,
-        d_scores: Tensor,
-        d_gamma: Tensor,
-        d_keys: Tensor,
-        d_G2s: list[Tensor],
-        das: list[Tensor],
-        d_pending: list[Tensor] | None,
-    ) -> FrameGradients:
-        C, d, products, norm = self.C, self.d, self.settings.products, self.settings.norm
-        losses, S1 = self.losses, flat(d_scores)
-        dkq = products.mul(flat(self.hidden), flat(self.W1)[:, :d].mT).unflatten(0, (self.n, -1))
-        dk, dq = dkq[:, :, :C], dkq[:, :, C:]
-        if frames.pending is not None:
-            dq[0].sub_(products.mul(self.hidden[0, :, C:], frames.pending[0][:, :d].mT))
-        dq = products.mul(S1, flat(frames.k)).unflatten(0, (self.n, -1)).add_(dq).add_(d_out)
-        dk = products.mul(S1.mT, flat(frames.q)).unflatten(0, (self.n, -1)).add_(dk).sub_(d_keys)
-        x_hat, da = torch.stack([x.x_hat for x in losses]), torch.stack(das)
-        de = da * norm.gamma
-        error = torch.addcmul(norm.beta, norm.gamma, x_hat).sub_(frames.v).add_(frames.k)
-        d_gamma = d_gamma + token_sum(da * error + de * x_hat)
-        d_beta = token_sum(d_out + de)
-        d_eta = (torch.stack(d_G2s) * torch.stack([x.g_hat for x in losses])).sum(-1, keepdim=True)
-        d_eta *= torch.stack([x.r for x in losses])
-        return FrameGradients(dq, dk.add_(de), -de, d_eta, d_gamma, d_beta, d_pending)
