@@ -8,7 +8,8 @@ A scan is timed in turn with its slow twin, the dual form under autograd with ch
 Before anything is timed, outputs, returned states and all gradients of scan and twin are compared.
 Each measurement is one JSON object a line; tables for reading follow.
 
-Exit code 0: measured; 1: results disagree, or memory ran out; 2: the command line can't be used.
+Exit code 0: measured; 1: results disagree, memory ran out, or a process of --resident failed; 2:
+the command line can't be used.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from launch.benchmark_cases import (
 )
 from launch.benchmark_measure import DisagreementError, Seconds
 from launch.benchmark_report import Row, tables
-from launch.benchmark_resident import resident_bytes, resident_supported
+from launch.benchmark_resident import ResidentError, resident_bytes, resident_supported
 from launch.errors import UserError, exit_with
 
 DEFAULT = {  # (B, H, d, h, C): lengths
@@ -52,7 +53,7 @@ DEFAULT = {  # (B, H, d, h, C): lengths
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 H200_BFLOAT16 = 790e12  # FLOP/s, dense, as it is reached by large products
-DISAGREEMENT = 1
+STOPPED = 1  # exit code
 
 
 @dataclass(frozen=True)
@@ -315,9 +316,9 @@ def main(arguments: Sequence[str]) -> int:
             else:
                 with settings.json.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-    except (DisagreementError, torch.OutOfMemoryError) as error:
+    except (DisagreementError, ResidentError, torch.OutOfMemoryError) as error:
         print(f"benchmark: stopped. {error}", file=sys.stderr, flush=True)
-        return DISAGREEMENT
+        return STOPPED
     print(f"\n{tables(rows)}", flush=True)
     return 0
 

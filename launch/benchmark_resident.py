@@ -32,17 +32,21 @@ _WARM_UP_MINI_BATCHES = 3
 _SEED = 0
 
 
+class ResidentError(Exception):
+    """The process that measures ended without a result."""
+
+
 def resident_bytes(side: str, case: Case, group_size: int | None, threads: int) -> int:
     """Most bytes in memory during a step of `side` ("fast" or "twin"), beyond those before it.
 
     Raises:
-        RuntimeError: the process failed; its message.
+        ResidentError: the process failed; its last words.
     """
     sizes = (case.B, case.H, case.d, case.h, case.C, case.L)
     dtype = str(case.dtype).removeprefix("torch.")
-    words = [side, case.inner, *sizes, dtype, "" if group_size is None else group_size, threads]
+    arguments = [side, case.inner, *sizes, dtype, "" if group_size is None else group_size, threads]
     result = subprocess.run(
-        [sys.executable, "-m", "launch.benchmark_resident", *map(str, words)],
+        [sys.executable, "-m", "launch.benchmark_resident", *map(str, arguments)],
         cwd=ROOT,
         env=os.environ
         | {"MALLOC_MMAP_THRESHOLD_": _RETURN_FROM, "MALLOC_TRIM_THRESHOLD_": _RETURN_FROM},
@@ -51,7 +55,8 @@ def resident_bytes(side: str, case: Case, group_size: int | None, threads: int) 
         check=False,
     )
     if result.returncode:
-        raise RuntimeError(f"the process that measures resident bytes failed: {result.stderr}")
+        words = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
+        raise ResidentError(f"the process that measures resident bytes failed: {words[0]}")
     return int(result.stdout.split()[-1])
 
 

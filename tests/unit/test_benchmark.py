@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch import benchmark, benchmark_cases, benchmark_measure
+from launch import benchmark, benchmark_cases, benchmark_measure, benchmark_resident
 from launch.benchmark_cases import (
     Case,
     Drawn,
@@ -194,6 +194,12 @@ def test_resident_bytes_hold_the_tensors():
     case = Case("mlp", 1, 2, 64, 256, 16, 256, torch.float32, CPU)
     tensors = peak_bytes(scan_workload(case, ttt_mlp), 0, CPU)
     assert 0.5 * tensors < resident_bytes("fast", case, None, 1) < 2 * tensors + 2**22
+
+
+def test_a_failed_process_ends_it(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_resident.sys, "executable", "/bin/false")
+    assert benchmark.main([*TINY, "--what", "scan", "--resident"]) == 1
+    assert "stopped. the process that measures resident bytes failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
