@@ -6,6 +6,7 @@ one batch; the sharded run goes through the functions that `launch/train.py` cal
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from launch.optim import build_optimizers
 from launch.schema import OptimConfig
 from launch.step import StepLoss, accumulate_gradients
+from launch.verify_report import TrafficCounter
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from parallel.reduce import clip_gradients
@@ -152,7 +154,7 @@ class PlainRuns:
 def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str, Any]:
     """Train on `mesh` as one process does; differences of first gradients and final parameters.
 
-    In float32 the first step alone is judged.
+    Losses, norms and parameters of `case.steps` steps.
     """
     trained = (case.dtype, case.inner_model, case.frozen)
     plain = plain_runs.of(trained)
@@ -168,9 +170,18 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
         "losses": [],
         "norms": [],
     }
-    for step in range(STEPS if case.dtype == torch.float64 else 1):
+    # Compiled code isn't entered while a mode looks on.
+    traffic = TrafficCounter(mesh.shape) if case.job == "eager" else nullcontext()
+    for step in range(case.steps):
         optimizers.zero_grad()
-        loss = accumulate_gradients(model, own_microbatches(step, mesh), config, mesh)
+        with traffic if step == 0 else nullcontext():
+            loss = accumulate_gradients(
+                model,
+                own_microbatches(step, mesh),
+                config,
+                mesh,
+                reduce_every_microbatch=case.reduce_every_microbatch,
+            )
         result["losses"].append([step_losses(loss), plain_losses[step]])
         if step == 0:
             found = gradients(model)
@@ -188,7 +199,9 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
         result["norms"].append([norm, plain_norms[step]])
         optimizers.step()
     result["elements"] = elements_held(model, optimizers, mesh)
-    if case.dtype == torch.float64:
+    if case.job == "eager":
+        result["traffic"] = {" ".join(key[:2]): n for key, n in traffic.calls.items()}
+    if case.steps == STEPS:
         result["parameters"] = worst(errors_on_ranks(values(model), plain_final))
     return result
 

@@ -1,6 +1,6 @@
 """All cases of one world size in one job; rank 0 writes what was measured as JSON.
 
-    torchrun --nproc_per_node N worker.py RESULTS.json WORK_FOLDER
+    torchrun --nproc_per_node N worker.py RESULTS.json WORK_FOLDER JOB
 
 cases.py lists the cases, training.py runs them; the tests judge what comes out.
 """
@@ -84,7 +84,7 @@ def reshard_checkpoint(weights: Path, folder: Path, meshes: list[Mesh]) -> dict[
     return result
 
 
-def main(results: Path, work: Path) -> None:
+def main(results: Path, work: Path, job: str) -> None:
     init_process_group(timedelta(seconds=120))
     world_size = dist.get_world_size()
     weights = work / "tiny.safetensors"
@@ -103,8 +103,19 @@ def main(results: Path, work: Path) -> None:
         found["seconds"][name] = round(time.monotonic() - start, 1)
 
     for name, case in CASES.items():
-        if case.layout in meshes:
+        if case.layout in meshes and case.job == job:
             run(name, compare_training, plain_runs, meshes[case.layout], case)
+    if job == "eager":
+        run_other_measurements(meshes, run, plain_runs, work)
+    if dist.get_rank() == 0:
+        results.write_text(json.dumps(found, indent=1))
+    close_process_group()
+
+
+def run_other_measurements(
+    meshes: dict[str, Mesh], run: Callable[..., None], plain_runs: PlainRuns, work: Path
+) -> None:
+    """What is measured beside training: words of DTensor, one layer, faults, checkpoints."""
     for layout in TP_LAYOUTS:
         if layout in meshes:
             run(f"placement {layout}", placement_words, meshes[layout])
@@ -115,12 +126,9 @@ def main(results: Path, work: Path) -> None:
     for name, pair in RESHARDS.items():
         if pair[0] in meshes:
             both = [meshes[layout] for layout in pair]
-            run(f"reshard {name}", reshard_checkpoint, weights, work / name, both)
-    if dist.get_rank() == 0:
-        results.write_text(json.dumps(found, indent=1))
-    close_process_group()
+            run(f"reshard {name}", reshard_checkpoint, plain_runs.weights, work / name, both)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     leave_job(0)
