@@ -17,16 +17,26 @@ _CUBIC = 0.044715 * _LINEAR
 
 
 class Gelu:
-    """The function and its derivatives for tensors of one dtype and device, those of `like`."""
+    """The function and its derivatives, with scratch memory of its own.
 
-    def __init__(self, like: Tensor):
+    Args:
+        n, shape: arguments have this shape, or `[m, *shape]` with m up to n.
+        like: gives dtype and device.
+    """
+
+    def __init__(self, n: int, shape: tuple[int, ...], like: Tensor):
+        self._scratch = like.new_empty(3, n, *shape).unbind()
+        self._ndim = len(shape)
         # Constants as tensors: sums with them take one pass over x rather than two.
         self._linear = like.new_full((), _LINEAR)
         self._minus_two_linear = like.new_full((), -2.0 * _LINEAR)
 
-    def _sigmoid_and_scale(self, x: Tensor, sigmoid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _buffer(self, i: int, x: Tensor) -> Tensor:
+        return self._scratch[i][0] if x.ndim == self._ndim else self._scratch[i][: x.shape[0]]
+
+    def _sigmoid_and_scale(self, x: Tensor, sigmoid: Tensor) -> tuple[Tensor, Tensor]:
         """`s(y)` and `y / x`."""
-        scale = torch.addcmul(self._linear, x, x, value=_CUBIC)
+        scale = torch.addcmul(self._linear, x, x, value=_CUBIC, out=self._buffer(0, x))
         return torch.mul(scale, x, out=sigmoid).sigmoid_(), scale
 
     def _slope_(self, scale: Tensor) -> Tensor:
@@ -35,7 +45,7 @@ class Gelu:
 
     def value(self, x: Tensor, out: Tensor) -> None:
         """Write `gelu(x)`; `out` may be strided."""
-        sigmoid, _ = self._sigmoid_and_scale(x, None)
+        sigmoid, _ = self._sigmoid_and_scale(x, self._buffer(1, x))
         torch.mul(x, sigmoid, out=out)
 
     def value_and_derivative(self, x: Tensor, value: Tensor, derivative: Tensor) -> None:
@@ -43,14 +53,13 @@ class Gelu:
         sigmoid, scale = self._sigmoid_and_scale(x, derivative)
         torch.mul(x, sigmoid, out=value)
         # x s (1 - s) y' = (g - g s) y'
-        rest = torch.addcmul(value, value, sigmoid, value=-1.0)
+        rest = torch.addcmul(value, value, sigmoid, value=-1.0, out=self._buffer(1, x))
         sigmoid.addcmul_(rest, self._slope_(scale))
 
-    def second_derivative(self, x: Tensor) -> Tensor:
-        """`gelu''(x) = p (4 y' - 2 y'(0) + (1 - 2 s) x y'²)`, `p = s (1 - s)`."""
-        sigmoid, scale = self._sigmoid_and_scale(x, None)
+    def second_derivative_(self, x: Tensor) -> Tensor:
+        """`gelu''(x) = p (4 y' - 2 y'(0) + (1 - 2 s) x y'²)`, `p = s (1 - s)`, in place of x."""
+        sigmoid, scale = self._sigmoid_and_scale(x, self._buffer(1, x))
         slope = self._slope_(scale)
-        p = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0)
-        result = torch.mul(x, slope).mul_(slope)
-        result.mul_(sigmoid.mul_(-2.0).add_(1.0)).add_(slope, alpha=4.0).sub_(2.0 * _LINEAR)
-        return result.mul_(p)
+        p = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0, out=self._buffer(2, x))
+        x.mul_(slope).mul_(slope).mul_(sigmoid.mul_(-2.0).add_(1.0))
+        return x.add_(slope, alpha=4.0).sub_(2.0 * _LINEAR).mul_(p)

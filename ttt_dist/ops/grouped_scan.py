@@ -55,11 +55,23 @@ def group_starts(length: int, mini_batch_size: int, group_size: int) -> range:
     return range(0, -(-length // mini_batch_size), group_size)
 
 
-def select_kernels(inputs: ScanInputs) -> GroupKernels:
-    """The implementation for these inputs' device and shapes: tensor code that runs on any."""
-    B, H, L, d = inputs.q.shape
+def slab_size(inputs: ScanInputs) -> int:
+    """Mini-batches whose queries are taken at once: on a CPU as many as fill a buffer of hidden
+    values that still lies in a core's second-level cache; on a GPU all of a group."""
+    B, H, L, _ = inputs.q.shape
+    C, h = inputs.mini_batch_size, inputs.weights[0].shape[-1]
+    group = min(inputs.group_size, -(-L // C))
+    return group if inputs.q.is_cuda else min(group, max(1, _SLAB_VALUES // (B * H * C * h)))
+
+
+def select_kernels(inputs: ScanInputs, n: int) -> GroupKernels:
+    """The implementation for these inputs' device and shapes, for groups of up to `n` mini-batches.
+
+    Tensor code that runs on any device. A fused kernel belongs here, for the devices and shapes
+    that it can do.
+    """
+    B, H, _, d = inputs.q.shape
     C, depth = inputs.mini_batch_size, len(inputs.weights) // 2
-    n = min(inputs.group_size, -(-L // C))
     like = inputs.weights[0]
     gamma, beta = (
         x.expand(B, H, d).reshape(B * H, 1, d).contiguous() for x in (inputs.gamma, inputs.beta)
@@ -71,16 +83,14 @@ def select_kernels(inputs: ScanInputs) -> GroupKernels:
     )
     if depth == 1:
         return LinearGroup(settings, n, B * H, C, d, like)
-    h = like.shape[-1]
-    # As many as fill a buffer of hidden values that still lies in a CPU core's second-level cache.
-    slab = n if like.is_cuda else max(1, _SLAB_VALUES // (B * H * C * h))
-    return MlpGroup(settings, n, slab, B * H, C, d, h, like)
+    return MlpGroup(settings, n, slab_size(inputs), B * H, C, d, like.shape[-1], like)
 
 
 def scan_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Outputs `[B, H, L, d]`, weights after the scan, and those before every group, packed."""
-    kernels = select_kernels(inputs)
     B, L, C = inputs.q.shape[0], inputs.q.shape[2], inputs.mini_batch_size
+    slab = slab_size(inputs)
+    kernels = select_kernels(inputs, slab)
     weights = _pack_weights(inputs.weights)
     out = torch.empty_like(inputs.q, memory_format=torch.contiguous_format)
     starts = group_starts(L, C, inputs.group_size)
@@ -88,8 +98,10 @@ def scan_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor], list[Tensor]
     for i, start in enumerate(starts):
         for border, w in zip(borders, weights, strict=True):
             border[i].copy_(w)
-        y = kernels.forward(_pack_frames(inputs, start), weights)
-        _unpack(y, out[:, :, start * C : (start + inputs.group_size) * C])
+        for first in range(start, min(start + inputs.group_size, -(-L // C)), slab):
+            last = min(first + slab, start + inputs.group_size)
+            y = kernels.forward(_pack_frames(inputs, first, last), weights)
+            _unpack(y, out[:, :, first * C : last * C])
     return out, _unpack_weights(weights, B), borders
 
 
@@ -103,9 +115,9 @@ def scan_backward(
         d_out: `[B, H, L, d]`, any dtype.
         d_weights: gradients of the returned weights.
     """
-    kernels = select_kernels(inputs)
     B, H, L, d = inputs.q.shape
     C = inputs.mini_batch_size
+    kernels = select_kernels(inputs, min(inputs.group_size, -(-L // C)))
     dtype = inputs.weights[0].dtype
     dq, dk, dv, d_eta = (
         torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -117,7 +129,7 @@ def scan_backward(
     starts = group_starts(L, C, inputs.group_size)
     for i in reversed(range(len(starts))):
         start = starts[i]
-        frames = _pack_frames(inputs, start)
+        frames = _pack_frames(inputs, start, start + inputs.group_size)
         piece = slice(start * C, (start + inputs.group_size) * C)
         grads = kernels.backward(
             frames,
@@ -167,10 +179,10 @@ def _unpack(packed: Tensor, x: Tensor) -> None:
         x[:, :, full * C :].copy_(lanes[full, :, :, :rest])
 
 
-def _pack_frames(inputs: ScanInputs, start: int) -> Frames:
-    """The group that starts at mini-batch `start`."""
+def _pack_frames(inputs: ScanInputs, start: int, stop: int) -> Frames:
+    """Mini-batches `[start, stop)`, or up to the last one."""
     C, dtype = inputs.mini_batch_size, inputs.weights[0].dtype
-    piece = slice(start * C, (start + inputs.group_size) * C)
+    piece = slice(start * C, stop * C)
     q, k, v, eta = (x[:, :, piece] for x in (inputs.q, inputs.k, inputs.v, inputs.eta))
     B, H, length, d = q.shape
     n = -(-length // C)

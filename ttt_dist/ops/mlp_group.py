@@ -45,8 +45,7 @@ class MlpGroup:
         self, settings: Settings, n: int, slab: int, N: int, C: int, d: int, h: int, like: Tensor
     ):
         self.settings, self.slab, self.C, self.d, self.h = settings, min(slab, n), C, d, h
-        self.loss, self.gelu = InnerLoss(settings.norm, N, C), Gelu(like)
-        self.like = like
+        self.loss, self.gelu = InnerLoss(settings.norm, N, C), Gelu(self.slab, (N, C, h), like)
         self.W1, self.W2 = like.new_empty(n + 1, N, d + 1, h), like.new_empty(n + 1, N, h + 1, d)
         self.Z1, self.slope, self.P = like.new_empty(3, n, N, C, h).unbind()
         self.X2 = with_ones((n, N, C), h, like)
@@ -69,7 +68,13 @@ class MlpGroup:
                 strict=False,
             )
         )
-        self._G1 = like.new_empty(N, C, h)
+        # Of one slab at a time.
+        s = self.slab
+        self.hidden = like.new_empty(s, N, 2 * C, h)
+        self.x = with_ones((s, N, 3 * C), h, like)
+        self.x[:, :, 2 * C :, h] = 0.0
+        self.y = like.new_empty(s, N, 3 * C, d)
+        self.G1, self.slope_y, self.Y1 = like.new_empty(3, s, N, C, h).unbind()
 
     def forward(self, frames: Frames, weights: list[Tensor]) -> Tensor:
         """Outputs `[n, N, C, d]`; `weights` are replaced, in place, by those after the group."""
@@ -106,7 +111,7 @@ class MlpGroup:
             rate = loss.r * eta[m]
             torch.mul(loss.g_hat, rate, out=G2)
             products.mul(G2, W2_T, out=P)
-            G1 = torch.mul(P, slope, out=self._G1)
+            G1 = torch.mul(P, slope, out=self.G1[0])
             products.add(W1, k_learnt[m], G1, alpha=-1.0, out=W1_next)
             products.add(W2, X2_T, G2 * completed[m], alpha=-1.0, out=W2_next)
             if m == 0 and frames.pending is not None:
@@ -146,24 +151,21 @@ class _Slab:
         self.X2, self.G2 = group.X2[part], group.G2[part]
         self.first = part.start == 0 and frames.pending is not None
         k, q = flat(self.kq[:, :, :C]), flat(self.kq[:, :, C:])
-        self.G1 = group.P[part] * group.slope[part]
+        self.G1 = torch.mul(group.P[part], group.slope[part], out=group.G1[:s])
         self.A1 = lower_triangle_(products.mul(q, k.mT), causal)
-        Y1 = products.mul(q, flat(self.W1))
-        products.add(Y1, self.A1, flat(self.G1), alpha=-1.0)
-        Y1 = Y1.unflatten(0, (s, N))
+        Y1 = group.Y1[:s]
+        products.mul(q, flat(self.W1), out=flat(Y1))
+        products.add(flat(Y1), self.A1, flat(self.G1), alpha=-1.0)
         pending = frames.pending
         if self.first and pending is not None:
             Y1[0].sub_(products.mul(self.kq[0, :, C:], pending[0]))
+        # X2 over Xb over dP, and beside them dZ2 over dY2 over G2: one product sums dW2 up.
+        self.x, self.y = group.x[:s], group.y[:s]
+        self.Xb = self.x[:, :, C : 2 * C]
+        self.slope_y = group.slope_y[:s]
         if backward:
-            # X2 over Xb over dP, and beside them dZ2 over dY2 over G2: one product sums dW2 up.
-            self.x = with_ones((s, N, 3 * C), h, group.like)
-            self.x[:, :, 2 * C :, h] = 0.0
-            self.x[:, :, :C, :h].copy_(self.X2[..., :h])
-            self.Xb = self.x[:, :, C : 2 * C]
-            self.slope_y = torch.empty_like(Y1)
             group.gelu.value_and_derivative(Y1, self.Xb[..., :h], self.slope_y)
         else:
-            self.Xb = with_ones((s, N, C), h, group.like)
             group.gelu.value(Y1, self.Xb[..., :h])
         Xb = flat(self.Xb)
         self.A2 = lower_triangle_(products.mul(Xb, flat(self.X2).mT), causal)
@@ -210,24 +212,27 @@ class _Slab:
         s, N = self.kq.shape[:2]
         x_hat, r = norm.normalise(self.Y2)
         grads.gamma.add_(token_sum(d_out * x_hat))
-        dY2 = flat(project(d_out * norm.gamma, x_hat).mul_(r))
+        dY2_n = project(d_out * norm.gamma, x_hat).mul_(r)
+        self.y[:, :, C : 2 * C].copy_(dY2_n)
+        self.y[:, :, 2 * C :].copy_(self.G2)
+        self.x[:, :, :C, :h].copy_(self.X2[..., :h])
+        dY2 = flat(dY2_n)
         G1, G2, X2, Xb = (flat(x) for x in (self.G1, self.G2, self.X2, self.Xb))
         S2 = lower_triangle_(products.mul(dY2, G2.mT).neg_(), causal)
-        dXb = products.mul(dY2, flat(self.W2)[:, :h].mT)
-        products.add(dXb, S2, X2[..., :h])
-        dXb, dY2_n = dXb.unflatten(0, (s, N)), dY2.unflatten(0, (s, N))
+        dXb = group.Y1[:s]
+        products.mul(dY2, flat(self.W2)[:, :h].mT, out=flat(dXb))
+        products.add(flat(dXb), S2, X2[..., :h])
         pending = self.frames.pending
         if self.first and pending is not None:
             dXb[0].sub_(products.mul(dY2_n[0], pending[1][:, :h].mT))
         # dZ1 over dY1, which dW1 and the gradients of keys over queries are products with.
-        self.hidden = group.like.new_empty(s, N, 2 * C, h)
+        self.hidden = group.hidden[:s]
         dY1 = flat(torch.mul(dXb, self.slope_y, out=self.hidden[:, :, C:]))
         S1 = lower_triangle_(products.mul(dY1, G1.mT).neg_(), causal)
         # Their buffers are free by now.
         dG1 = products.mul(self.A1.mT, dY1, out=flat(self.slope_y)).neg_()
         dX2 = products.mul(S2.mT, Xb[..., :h], out=flat(dXb))
         dG2 = products.mul(self.A2.mT, dY2).neg_()
-        self.y = torch.cat((torch.empty_like(dY2_n), dY2_n, self.G2), dim=2)
         return (*(x.unflatten(0, (s, N)) for x in (dG1, dG2, dX2)), S1)
 
     def _learn_backward(
@@ -247,7 +252,7 @@ class _Slab:
         products, frames, part = group.settings.products, self.frames, self.part
         U1, U2 = d_weights
         U1_T, U2_rows, U2_T = U1[:, :d].mT, U2, U2[:, :h].mT
-        curvature = group.P[part].mul_(group.gelu.second_derivative(group.Z1[part]))
+        curvature = group.P[part].mul_(group.gelu.second_derivative_(group.Z1[part]))
         completed = frames.completed[part]
         k_learnt = self.kq[:, :, :C] * completed
         G2_learnt = self.G2 * completed
