@@ -149,8 +149,8 @@ class TTTSection(Section):
     """frame i sees no later frame of its mini-batch"""
     inner_eps: PositiveFloat = 1e-6
     """epsilon of the inner LayerNorm"""
-    checkpoint_group_size: CountInt = 16
-    """mini-batches that are recomputed together in the backward pass; 0: none is"""
+    checkpoint_group_size: CountInt | None = None
+    """mini-batches computed again together in the backward; null: the root of their number"""
     log_inner_loop_losses: bool = False
     """log the inner losses"""
     inner_loop_log_interval: PositiveInt = 10

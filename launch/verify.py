@@ -252,7 +252,7 @@ def compare(
         if what in allowed:
             for name, error in spread.items():
                 checks.append(Check(dtype, f"{what} across ranks", name, error, allowed[what]))
-    if "parameter" in allowed:
+    if "parameter" in allowed and sharded.parameters:
         for name, value in plain.parameters.items():
             error = _relative(sharded.parameters[name], value)
             checks.append(Check(dtype, "parameter", name, error, allowed["parameter"]))
@@ -286,11 +286,14 @@ def verify(case: Case) -> bool:
     sizes: dict[str, int] = {}
     for compute in dtypes:
         # In float32 and bfloat16 the first step is judged, and the second one counted: Adam's steps
-        # amplify the rounding of gradients near zero.
-        steps = min(STEPS, max(config.max_steps, 1)) if compute == torch.float64 else 2
+        # amplify the rounding of gradients near zero. So it is for compiled layers, which round
+        # Moshi's float32 norms otherwise than eager code, in a float64 model too.
+        all_steps = compute == torch.float64 and not config.compile
+        steps = min(STEPS, max(config.max_steps, 1)) if all_steps else 2
         sharded, traffic, memory = train_sharded(case, compute, steps, mesh, device)
-        if compute != torch.float64:
+        if not all_steps:
             del sharded.losses[1:], sharded.norms[1:]
+            sharded.parameters.clear()
             steps = 1
         if dist.get_rank() == 0:
             plain = train_plain(case, compute, steps, sharded.max_norm, device)
@@ -316,7 +319,10 @@ def describe(case: Case, sharded: Trained, sizes: Mapping[str, int]) -> None:
     flags = {
         "full_finetuning": config.full_finetuning,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "recompute": config.parallel.recompute,
+        "compile": config.compile,
         "reshard_after_forward": config.parallel.reshard_after_forward,
+        "reduce_every_microbatch": config.parallel.reduce_every_microbatch,
     }
     print(
         f"model: {settings['num_layers']} layers, {settings['num_heads']} heads of "

@@ -159,7 +159,7 @@ def shrink(config: TrainConfig, settings: dict[str, Any], dp_size: int) -> Case:
         update={
             "layers": ",".join(map(str, _small_layers(config, settings["num_layers"]))) or "none",
             "mini_batch_size": min(section.mini_batch_size, MINI_BATCH),
-            "checkpoint_group_size": min(section.checkpoint_group_size, GROUP),
+            "checkpoint_group_size": min(section.checkpoint_group_size or GROUP, GROUP),
             "ttt_layer_context": scaled(section.ttt_layer_context, least=3),
             "non_ttt_layer_context": scaled(section.non_ttt_layer_context, least=4),
             "initial_gating_alpha": math.copysign(

@@ -66,6 +66,11 @@ class TrafficCounter(TorchDispatchMode):
         self.calls: Counter[tuple[str, str, str]] = Counter()
         self.bytes: Counter[tuple[str, str, str]] = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled layers run as they are; the collectives in them are counted as they run."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

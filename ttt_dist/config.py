@@ -20,7 +20,8 @@ class TTTConfig:
         causal: frame i sees only frames j <= i. False reproduces TTT-Video, which looks ahead
             within a mini-batch.
         inner_eps: eps of the inner LayerNorm (TTT.md: 1e-6; TTT-Video has 1e-8).
-        checkpoint_group_size: mini-batches a gradient checkpoint spans; 0 keeps all activations.
+        checkpoint_group_size: mini-batches that the scan's backward computes again together; None
+            takes about the square root of their number, 0 all of them.
         rope_base: base period of the rotary embedding inside a mini-batch.
 
     Raises:
@@ -35,7 +36,7 @@ class TTTConfig:
     expansion: int = 4
     causal: bool = True
     inner_eps: float = 1e-6
-    checkpoint_group_size: int = 16
+    checkpoint_group_size: int | None = None
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
@@ -58,10 +59,10 @@ class TTTConfig:
             problems.append(f"base_lr: found {self.base_lr}, allowed are numbers >= 0")
         if self.inner_eps <= 0 or self.rope_base <= 0:
             problems.append("inner_eps and rope_base: allowed are numbers > 0")
-        if self.checkpoint_group_size < 0:
+        if self.checkpoint_group_size is not None and self.checkpoint_group_size < 0:
             problems.append(
-                f"checkpoint_group_size: found {self.checkpoint_group_size}, allowed are 0 (off) "
-                "or more"
+                f"checkpoint_group_size: found {self.checkpoint_group_size}, allowed are None, 0 "
+                "(a single group) or more"
             )
         if problems:
             raise ValueError("TTTConfig: " + "; ".join(problems))

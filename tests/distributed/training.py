@@ -170,8 +170,7 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
         "losses": [],
         "norms": [],
     }
-    # Compiled code isn't entered while a mode looks on.
-    traffic = TrafficCounter(mesh.shape) if case.job == "eager" else nullcontext()
+    traffic = TrafficCounter(mesh.shape)
     for step in range(case.steps):
         optimizers.zero_grad()
         with traffic if step == 0 else nullcontext():
@@ -199,8 +198,7 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
         result["norms"].append([norm, plain_norms[step]])
         optimizers.step()
     result["elements"] = elements_held(model, optimizers, mesh)
-    if case.job == "eager":
-        result["traffic"] = {" ".join(key[:2]): n for key, n in traffic.calls.items()}
+    result["traffic"] = {" ".join(key[:2]): n for key, n in traffic.calls.items()}
     if case.steps == STEPS:
         result["parameters"] = worst(errors_on_ranks(values(model), plain_final))
     return result
