@@ -26,8 +26,8 @@ fault, *arguments = sys.argv[1:]
 right = verify.accumulate_gradients
 
 
-def wrong(model, *rest):
-    loss = right(model, *rest)
+def wrong(model, *rest, **settings):
+    loss = right(model, *rest, **settings)
     parameters = dict(model.named_parameters())
     assert isinstance(parameters[{scaled!r}].grad, DTensor)
     parameters[{scaled!r}].grad.mul_(1 + 1e-4)
