@@ -15,12 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.ops_cases import FRAMES, OPS, gradients, make_case, objective, relative
 from ttt_dist.ops import SAVED_OPS
-from ttt_dist.ops.linear_group import LinearGroup
-from ttt_dist.ops.mlp_group import MlpGroup
+from ttt_dist.ops.inner_loss import InnerLoss
 from ttt_dist.ops.scan_op import SCAN, SCAN_BACKWARD
 from ttt_dist.ops.state import InnerState
-
-GROUPS = {"mlp": MlpGroup, "linear": LinearGroup}
 
 
 def operator_arguments(inner, carried, dtype=torch.float64):
@@ -57,20 +54,20 @@ def test_torch_checks_the_operators(inner, carried, dtype):
     torch.library.opcheck(SCAN_BACKWARD, backward, test_utils=tests)
 
 
-def mini_batches_computed(monkeypatch, inner, run):
-    """How many mini-batches the chain of states goes through forward while `run()` runs."""
+def mini_batches_computed(monkeypatch, run):
+    """How many mini-batches are computed forward while `run()` runs: each of them takes the
+    gradient of its inner loss once."""
     computed = []
-    cls = GROUPS[inner]
-    original = cls._learn
+    original = InnerLoss.gradient
 
-    def learn(self, frames, weights):
-        computed.append(frames.v.shape[0])
-        original(self, frames, weights)
+    def gradient(self, z, shift):
+        computed.append(1)
+        return original(self, z, shift)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cls, "_learn", learn)
+        patch.setattr(InnerLoss, "gradient", gradient)
         grads = run()
-    return sum(computed), grads
+    return len(computed), grads
 
 
 def keep_scans(ctx, func, *args, **kwargs):
@@ -103,13 +100,12 @@ def test_at_most_two_forwards_a_step(monkeypatch, inner, carried):
     contexts = partial(create_selective_checkpoint_contexts, keep_scans)
     plain, expected = mini_batches_computed(
         monkeypatch,
-        inner,
         lambda: gradients(layer(), {m: case.x[m] for m in (FRAMES if carried else case.x)}),
     )
     assert plain == 2 * n
-    selective, grads = mini_batches_computed(monkeypatch, inner, lambda: step(context_fn=contexts))
+    selective, grads = mini_batches_computed(monkeypatch, lambda: step(context_fn=contexts))
     assert selective == 2 * n
-    unaware, grads_unaware = mini_batches_computed(monkeypatch, inner, step)
+    unaware, grads_unaware = mini_batches_computed(monkeypatch, step)
     assert unaware == 3 * n
     for name, grad in expected.items():
         assert torch.equal(grads[name], grad)

@@ -15,7 +15,8 @@ from torch import Tensor
 from ttt_dist.ops.group import FrameGradients, Frames, Settings, with_ones
 from ttt_dist.ops.inner_loss import InnerNorm
 from ttt_dist.ops.linear_group import LinearGroup
-from ttt_dist.ops.mlp_group import MlpGroup
+from ttt_dist.ops.mlp_backward import MlpBackward
+from ttt_dist.ops.mlp_forward import MlpForward
 from ttt_dist.ops.products import Products
 
 _SLAB_VALUES = 2**16
@@ -40,10 +41,14 @@ class ScanInputs:
     group_size: int
 
 
-class GroupKernels(Protocol):
-    """Computes one group at a time; `MlpGroup` and `LinearGroup` document arguments."""
+class ForwardKernels(Protocol):
+    """Runs one group at a time; `MlpForward` documents arguments."""
 
     def forward(self, frames: Frames, weights: list[Tensor]) -> Tensor: ...
+
+
+class BackwardKernels(Protocol):
+    """Walks back through one group at a time; `MlpBackward` documents arguments."""
 
     def backward(
         self, frames: Frames, weights: list[Tensor], d_out: Tensor, d_weights: list[Tensor]
@@ -55,42 +60,53 @@ def group_starts(length: int, mini_batch_size: int, group_size: int) -> range:
     return range(0, -(-length // mini_batch_size), group_size)
 
 
-def slab_size(inputs: ScanInputs) -> int:
-    """Mini-batches whose queries are taken at once: on a CPU as many as fill a buffer of hidden
-    values that still lies in a core's second-level cache; on a GPU all of a group."""
-    B, H, L, _ = inputs.q.shape
-    C, h = inputs.mini_batch_size, inputs.weights[0].shape[-1]
-    group = min(inputs.group_size, -(-L // C))
-    return group if inputs.q.is_cuda else min(group, max(1, _SLAB_VALUES // (B * H * C * h)))
+def forward_kernels(inputs: ScanInputs) -> ForwardKernels:
+    """The implementation for these inputs' device and shapes.
 
-
-def select_kernels(inputs: ScanInputs, n: int) -> GroupKernels:
-    """The implementation for these inputs' device and shapes, for groups of up to `n` mini-batches.
-
-    Tensor code that runs on any device. A fused kernel belongs here, for the devices and shapes
-    that it can do.
+    Tensor code that runs on any device. A fused kernel belongs here and in `backward_kernels`, for
+    the devices and shapes that it can do.
     """
     B, H, _, d = inputs.q.shape
-    C, depth = inputs.mini_batch_size, len(inputs.weights) // 2
-    like = inputs.weights[0]
+    C, like = inputs.mini_batch_size, inputs.weights[0]
+    if len(inputs.weights) == 2:
+        return LinearGroup(_settings(inputs), _group(inputs), B * H, C, d, like)
+    return MlpForward(_settings(inputs), B * H, C, d, like.shape[-1], like)
+
+
+def backward_kernels(inputs: ScanInputs) -> BackwardKernels:
+    """As `forward_kernels`."""
+    B, H, _, d = inputs.q.shape
+    C, like, n = inputs.mini_batch_size, inputs.weights[0], _group(inputs)
+    if len(inputs.weights) == 2:
+        return LinearGroup(_settings(inputs), n, B * H, C, d, like)
+    h = like.shape[-1]
+    # At once on a CPU: as many as fill a buffer of hidden values that still lies in a core's
+    # second-level cache. On a GPU: all.
+    slab = n if like.is_cuda else max(1, _SLAB_VALUES // (B * H * C * h))
+    return MlpBackward(_settings(inputs), n, slab, B * H, C, d, h, like)
+
+
+def _group(inputs: ScanInputs) -> int:
+    """Mini-batches of the longest group."""
+    return min(inputs.group_size, -(-inputs.q.shape[2] // inputs.mini_batch_size))
+
+
+def _settings(inputs: ScanInputs) -> Settings:
+    B, H, _, d = inputs.q.shape
     gamma, beta = (
         x.expand(B, H, d).reshape(B * H, 1, d).contiguous() for x in (inputs.gamma, inputs.beta)
     )
-    settings = Settings(
+    return Settings(
         inputs.causal,
         InnerNorm(gamma, beta, inputs.eps),
-        Products(operand=inputs.q.dtype, compute=like.dtype),
+        Products(operand=inputs.q.dtype, compute=inputs.weights[0].dtype),
     )
-    if depth == 1:
-        return LinearGroup(settings, n, B * H, C, d, like)
-    return MlpGroup(settings, n, slab_size(inputs), B * H, C, d, like.shape[-1], like)
 
 
 def scan_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Outputs `[B, H, L, d]`, weights after the scan, and those before every group, packed."""
     B, L, C = inputs.q.shape[0], inputs.q.shape[2], inputs.mini_batch_size
-    slab = slab_size(inputs)
-    kernels = select_kernels(inputs, slab)
+    kernels = forward_kernels(inputs)
     weights = _pack_weights(inputs.weights)
     out = torch.empty_like(inputs.q, memory_format=torch.contiguous_format)
     starts = group_starts(L, C, inputs.group_size)
@@ -98,10 +114,9 @@ def scan_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor], list[Tensor]
     for i, start in enumerate(starts):
         for border, w in zip(borders, weights, strict=True):
             border[i].copy_(w)
-        for first in range(start, min(start + inputs.group_size, -(-L // C)), slab):
-            last = min(first + slab, start + inputs.group_size)
-            y = kernels.forward(_pack_frames(inputs, first, last), weights)
-            _unpack(y, out[:, :, first * C : last * C])
+        stop = start + inputs.group_size
+        y = kernels.forward(_pack_frames(inputs, start, stop), weights)
+        _unpack(y, out[:, :, start * C : stop * C])
     return out, _unpack_weights(weights, B), borders
 
 
@@ -117,7 +132,7 @@ def scan_backward(
     """
     B, H, L, d = inputs.q.shape
     C = inputs.mini_batch_size
-    kernels = select_kernels(inputs, min(inputs.group_size, -(-L // C)))
+    kernels = backward_kernels(inputs)
     dtype = inputs.weights[0].dtype
     dq, dk, dv, d_eta = (
         torch.empty_like(x, memory_format=torch.contiguous_format)

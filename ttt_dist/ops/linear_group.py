@@ -1,6 +1,7 @@
 """A group of mini-batches of TTT-Linear, forward and backward, written by hand (no autograd).
 
-As `ttt_dist.ops.mlp_group` with a single linear map: the inner loss sits right on it.
+As `ttt_dist.ops.mlp_forward` and `mlp_backward` with a single linear map: the inner loss sits right
+on it.
 
     r ĝ = gradient of the inner loss at K W1;  G = η r ĝ;  W1 ← W1 - Kᵀ G;  Y = Q W1 - tril(Q Kᵀ) G
 """
@@ -90,7 +91,7 @@ class LinearGroup:
     def backward(
         self, frames: Frames, weights: list[Tensor], d_out: Tensor, d_weights: list[Tensor]
     ) -> FrameGradients:
-        """Gradients of the group's tokens; arguments as in `MlpGroup.backward`."""
+        """Gradients of the group's tokens; arguments as in `MlpBackward.backward`."""
         C, n, products, norm = self.C, frames.v.shape[0], self.settings.products, self.settings.norm
         self._learn(frames, weights)
         self._read(frames)

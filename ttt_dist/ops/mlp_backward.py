@@ -1,15 +1,8 @@
-"""A group of mini-batches of TTT-MLP, forward and backward, written by hand (no autograd).
+"""The way back through mini-batches of TTT-MLP, written by hand (no autograd).
 
-Only the chain of states through the keys is serial (`_learn`); queries read from the states of a
-few mini-batches at once (`_Slab`). Backward runs both again and walks back, slab by slab. Formulas:
-arXiv 2407.04620, section 2.5, for the dual form; backward is derived from it by hand. Shapes:
-`ttt_dist.ops.group`.
-
-The inner learning rate enters in one place alone, `G2 = η r ĝ`; everything behind is linear in it:
-
-    Z1 = K W1;  X2 = gelu(Z1);  r ĝ = gradient of the inner loss at X2 W2
-    P = G2 W2ᵀ;  G1 = P∘gelu'(Z1);  W1 ← W1 - Kᵀ G1;  W2 ← W2 - X2ᵀ G2
-    Y1 = Q W1 - A1 G1;  Xb = gelu(Y1);  Y2 = Xb W2 - A2 G2;  A1 = tril(Q Kᵀ);  A2 = tril(Xb X2ᵀ)
+A group of mini-batches is computed once more: the chain of states through the keys first, all of
+which are kept (`_learn`); then, slab by slab from the end, what the queries see and all gradients.
+The equations follow from those in `ttt_dist.ops.mlp_forward`. Shapes: `ttt_dist.ops.group`.
 """
 
 from __future__ import annotations
@@ -29,9 +22,10 @@ from ttt_dist.ops.group import (
     with_ones,
 )
 from ttt_dist.ops.inner_loss import InnerLoss, TokenLoss, project
+from ttt_dist.ops.mlp_forward import HiddenTokens
 
 
-class MlpGroup:
+class MlpBackward:
     """Buffers for groups of up to `n` mini-batches, used again from group to group.
 
     Args:
@@ -47,27 +41,11 @@ class MlpGroup:
         self.settings, self.slab, self.C, self.d, self.h = settings, min(slab, n), C, d, h
         self.loss, self.gelu = InnerLoss(settings.norm, N, C), Gelu(self.slab, (N, C, h), like)
         self.W1, self.W2 = like.new_empty(n + 1, N, d + 1, h), like.new_empty(n + 1, N, h + 1, d)
-        self.Z1, self.slope, self.P = like.new_empty(3, n, N, C, h).unbind()
-        self.X2 = with_ones((n, N, C), h, like)
-        self.G2 = like.new_empty(n, N, C, d)
+        self.tokens = HiddenTokens.buffers(n, N, C, d, h, like)
         # Views that every mini-batch takes, made once.
-        self._views = list(
-            zip(
-                self.W1.unbind(),
-                self.W1.unbind()[1:],
-                self.W2.unbind(),
-                self.W2.unbind()[1:],
-                self.W2[:, :, :h].mT.unbind(),
-                self.Z1.unbind(),
-                self.slope.unbind(),
-                self.P.unbind(),
-                self.X2.unbind(),
-                self.X2[..., :h].unbind(),
-                self.X2.mT.unbind(),
-                self.G2.unbind(),
-                strict=False,
-            )
-        )
+        W2_T = self.W2[:, :, :h].mT
+        self._states = list(zip(self.W1.unbind(), self.W2.unbind(), W2_T.unbind(), strict=True))
+        self._each = self.tokens.each()
         # Of one slab at a time.
         s = self.slab
         self.hidden = like.new_empty(s, N, 2 * C, h)
@@ -76,47 +54,34 @@ class MlpGroup:
         self.y = like.new_empty(s, N, 3 * C, d)
         self.G1, self.slope_y, self.Y1 = like.new_empty(3, s, N, C, h).unbind()
 
-    def forward(self, frames: Frames, weights: list[Tensor]) -> Tensor:
-        """Outputs `[n, N, C, d]`; `weights` are replaced, in place, by those after the group."""
-        n = frames.v.shape[0]
-        self._learn(frames, weights)
-        outs = [
-            self.settings.norm.read(_Slab(self, frames, part, backward=False).Y2)
-            for part in slabs(n, self.slab)
-        ]
-        for w, stack in zip(weights, (self.W1, self.W2), strict=True):
-            w.copy_(stack[n])
-        return torch.cat(outs).add_(frames.q)
-
     def _learn(self, frames: Frames, weights: list[Tensor]) -> None:
         """The chain of states, `W1` and `W2`, and what led from each to the next."""
-        n, products, norm_loss = frames.v.shape[0], self.settings.products, self.loss
+        C, products, completed = self.C, self.settings.products, frames.completed
         self.W1[0].copy_(weights[0])
         self.W2[0].copy_(weights[1])
-        # Masked keys mask what reaches W1 at no cost in the loop.
-        k_learnt = (frames.kq[:, :, : self.C] * frames.completed).mT.unbind()
-        k, eta, completed = (
-            frames.kq[:, :, : self.C].unbind(),
-            frames.eta.unbind(),
-            frames.completed,
-        )
-        shifts = norm_loss.shift(frames.k, frames.v).unbind()
         self.losses: list[TokenLoss] = []
         self.rates: list[Tensor] = []
-        for m in range(n):
-            W1, W1_next, W2, W2_next, W2_T, Z1, slope, P, X2, x2, X2_T, G2 = self._views[m]
-            products.mul(k[m], W1, out=Z1)
-            self.gelu.value_and_derivative(Z1, x2, slope)
-            loss = norm_loss.gradient(products.mul(X2, W2), shifts[m])
-            rate = loss.r * eta[m]
-            torch.mul(loss.g_hat, rate, out=G2)
-            products.mul(G2, W2_T, out=P)
-            G1 = torch.mul(P, slope, out=self.G1[0])
-            products.add(W1, k_learnt[m], G1, alpha=-1.0, out=W1_next)
-            products.add(W2, X2_T, G2 * completed[m], alpha=-1.0, out=W2_next)
+        steps = zip(
+            self._each,
+            frames.kq[:, :, :C].unbind(),
+            # Masked keys mask what reaches W1 at no cost in the loop.
+            (frames.kq[:, :, :C] * completed).mT.unbind(),
+            frames.eta.unbind(),
+            completed.unbind(),
+            self.loss.shift(frames.k, frames.v).unbind(),
+            strict=False,
+        )
+        for m, (tokens, k, k_T, eta, mask, shift) in enumerate(steps):
+            W1, W2, W2_T = self._states[m]
+            W1_next, W2_next, _ = self._states[m + 1]
+            products.mul(k, W1, out=tokens.Z1)
+            loss, rate = tokens.fill(products, self.gelu, self.loss, W2, W2_T, shift, eta)
+            G1 = torch.mul(tokens.P, tokens.slope, out=self.G1[0])
+            products.add(W1, k_T, G1, alpha=-1.0, out=W1_next)
+            products.add(W2, tokens.X2_T, tokens.G2 * mask, alpha=-1.0, out=W2_next)
             if m == 0 and frames.pending is not None:
-                W1_next.addcmul_(completed[0], frames.pending[0], value=-1.0)
-                W2_next.addcmul_(completed[0], frames.pending[1], value=-1.0)
+                W1_next.addcmul_(mask, frames.pending[0], value=-1.0)
+                W2_next.addcmul_(mask, frames.pending[1], value=-1.0)
             self.losses.append(loss)
             self.rates.append(rate)
 
@@ -134,24 +99,24 @@ class MlpGroup:
         self._learn(frames, weights)
         grads = FrameGradients.empty(frames)
         for part in reversed(slabs(frames.v.shape[0], self.slab)):
-            _Slab(self, frames, part, backward=True).walk_back(d_out[part], d_weights, grads)
+            _Slab(self, frames, part).walk_back(d_out[part], d_weights, grads)
         return grads
 
 
 class _Slab:
     """What the queries of a few mini-batches see, and the way back through these mini-batches."""
 
-    def __init__(self, group: MlpGroup, frames: Frames, part: slice, *, backward: bool):
+    def __init__(self, group: MlpBackward, frames: Frames, part: slice):
         self.group, self.part, self.frames = group, part, frames
         products, causal = group.settings.products, group.settings.causal
         C, h = group.C, group.h
         self.kq = frames.kq[part]
         s, N = self.kq.shape[:2]
         self.W1, self.W2 = group.W1[part], group.W2[part]
-        self.X2, self.G2 = group.X2[part], group.G2[part]
+        self.X2, self.G2 = group.tokens.X2[part], group.tokens.G2[part]
         self.first = part.start == 0 and frames.pending is not None
         k, q = flat(self.kq[:, :, :C]), flat(self.kq[:, :, C:])
-        self.G1 = torch.mul(group.P[part], group.slope[part], out=group.G1[:s])
+        self.G1 = torch.mul(group.tokens.P[part], group.tokens.slope[part], out=group.G1[:s])
         self.A1 = lower_triangle_(products.mul(q, k.mT), causal)
         Y1 = group.Y1[:s]
         products.mul(q, flat(self.W1), out=flat(Y1))
@@ -163,10 +128,7 @@ class _Slab:
         self.x, self.y = group.x[:s], group.y[:s]
         self.Xb = self.x[:, :, C : 2 * C]
         self.slope_y = group.slope_y[:s]
-        if backward:
-            group.gelu.value_and_derivative(Y1, self.Xb[..., :h], self.slope_y)
-        else:
-            group.gelu.value(Y1, self.Xb[..., :h])
+        group.gelu.value_and_derivative(Y1, self.Xb[..., :h], self.slope_y)
         Xb = flat(self.Xb)
         self.A2 = lower_triangle_(products.mul(Xb, flat(self.X2).mT), causal)
         Y2 = products.mul(Xb, flat(self.W2))
@@ -252,7 +214,7 @@ class _Slab:
         products, frames, part = group.settings.products, self.frames, self.part
         U1, U2 = d_weights
         U1_T, U2_rows, U2_T = U1[:, :d].mT, U2, U2[:, :h].mT
-        curvature = group.P[part].mul_(group.gelu.second_derivative_(group.Z1[part]))
+        curvature = group.tokens.P[part].mul_(group.gelu.second_derivative_(group.tokens.Z1[part]))
         completed = frames.completed[part]
         k_learnt = self.kq[:, :, :C] * completed
         G2_learnt = self.G2 * completed
@@ -267,7 +229,7 @@ class _Slab:
                 self.W2[:, :, :h].mT.unbind(),
                 self.G1.unbind(),
                 G2_learnt.unbind(),
-                group.slope[part].unbind(),
+                group.tokens.slope[part].unbind(),
                 curvature.unbind(),
                 self.hidden.unbind(),
                 self.hidden[:, :, :C].unbind(),
