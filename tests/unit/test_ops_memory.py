@@ -92,6 +92,18 @@ def test_twin_keeps_group_borders_only():
     assert saved_bytes(512, 0, twin=True) / saved_bytes(128, 0, twin=True) < 4.3
 
 
+def test_no_states_are_kept_without_gradients():
+    """Sixteen groups keep fifteen states more than the first; without gradients there are none."""
+    case = make_case("mlp", 1, 1, 1024, d=8, C=4)
+    allocated = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), Recorder() as recorder:
+            case.run(case.fresh())
+        allocated.append(recorder.bytes)
+    state = sum(case.x[n].nbytes for n in ("W1", "b1", "W2", "b2"))
+    assert allocated[0] - allocated[1] > 14 * state
+
+
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 @pytest.mark.parametrize("length", [1, 3, 11])
 def test_the_host_never_waits_for_the_device(inner, length):

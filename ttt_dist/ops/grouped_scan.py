@@ -20,6 +20,7 @@ from ttt_dist.ops.mlp_forward import MlpForward
 from ttt_dist.ops.products import Products
 
 _SLAB_VALUES = 2**16
+_FORWARD_PIECE = 32  # mini-batches packed at once in forward, however long a group is
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def forward_kernels(inputs: ScanInputs) -> ForwardKernels:
     B, H, _, d = inputs.q.shape
     C, like = inputs.mini_batch_size, inputs.weights[0]
     if len(inputs.weights) == 2:
-        return LinearGroup(_settings(inputs), _group(inputs), B * H, C, d, like)
+        n = min(_group(inputs), _FORWARD_PIECE)
+        return LinearGroup(_settings(inputs), n, B * H, C, d, like)
     return MlpForward(_settings(inputs), B * H, C, d, like.shape[-1], like)
 
 
@@ -114,9 +116,11 @@ def scan_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor], list[Tensor]
     for i, start in enumerate(starts):
         for border, w in zip(borders, weights, strict=True):
             border[i].copy_(w)
-        stop = start + inputs.group_size
-        y = kernels.forward(_pack_frames(inputs, start, stop), weights)
-        _unpack(y, out[:, :, start * C : stop * C])
+        stop = min(start + inputs.group_size, -(-L // C))
+        for first in range(start, stop, _FORWARD_PIECE):
+            last = min(first + _FORWARD_PIECE, stop)
+            y = kernels.forward(_pack_frames(inputs, first, last), weights)
+            _unpack(y, out[:, :, first * C : last * C])
     return out, _unpack_weights(weights, B), borders
 
 

@@ -78,7 +78,9 @@ def fused_segments(
         weights, pending: `(W1, b1, …)`.
         end: int64 `[B]`, position after each lane's last frame.
     """
-    group = loop.group_for(-(-q.shape[2] // loop.mini_batch_size))
+    mini_batches = -(-q.shape[2] // loop.mini_batch_size)
+    # States between groups are there for backward alone.
+    group = loop.group_for(mini_batches) if torch.is_grad_enabled() else mini_batches
     out, after, _ = SCAN(
         q, k, v, eta, gamma.squeeze(-2), beta.squeeze(-2), list(weights), list(pending or ()), end,
         loop.mini_batch_size, loop.causal, loop.eps, group,
