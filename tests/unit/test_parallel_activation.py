@@ -11,8 +11,7 @@ from parallel.compilation import compile_layers
 from tests.distributed.tiny import TTT_LAYERS, random_codes
 from tests.unit.moshi_cases import active_hybrid_model, set_windows, total_loss
 from ttt_dist.moshi.build import depformer_layers, transformer_layers
-from ttt_dist.ops.linear_group import LinearGroup
-from ttt_dist.ops.mlp_group import MlpGroup
+from ttt_dist.ops import scan_op
 
 FRAMES = 21
 
@@ -24,17 +23,21 @@ def gradients(model, codes):
 
 
 @pytest.fixture
-def mini_batches(monkeypatch):
-    """Every mini-batch whose inner step is computed forward, counted."""
+def scans(monkeypatch):
+    """How often the scan's operator runs, forward and backward.
+
+    Its backward computes every mini-batch forward once more (tests of the operator count them), so
+    with one run of each a step computes the scan forward twice.
+    """
     counted = Counter()
-    for cls in (MlpGroup, LinearGroup):
-        original = cls._learn
+    for name in ("scan_forward", "scan_backward"):
+        original = getattr(scan_op, name)
 
-        def learn(self, frames, original=original):
-            counted["forward"] += self.n
-            original(self, frames)
+        def run(*args, name=name, original=original):
+            counted[name] += 1
+            return original(*args)
 
-        monkeypatch.setattr(cls, "_learn", learn)
+        monkeypatch.setattr(scan_op, name, run)
     return counted
 
 
@@ -52,7 +55,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("inner_model", ["mlp", "linear"])
 @pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
-def test_recomputation_changes_no_bit_and_runs_the_scan_twice(inner_model, recompute, mini_batches):
+def test_recomputation_changes_no_bit_and_runs_the_scan_twice(inner_model, recompute, scans):
     model = set_windows(active_hybrid_model(inner_model))
     layers = transformer_layers(model) + depformer_layers(model)
     passes = dict.fromkeys(range(len(layers)), 0)
@@ -65,15 +68,15 @@ def test_recomputation_changes_no_bit_and_runs_the_scan_twice(inner_model, recom
     codes = random_codes(2, FRAMES)
     kept = gradients(model, codes)
     assert set(passes.values()) == {1}
-    scans = mini_batches["forward"]
-    C = transformer_layers(model)[TTT_LAYERS[0]].ttt.layer.config.mini_batch_size
-    assert scans == 2 * len(TTT_LAYERS) * -(-FRAMES // C)  # once forward, once in the backward
+    once = {"scan_forward": len(TTT_LAYERS), "scan_backward": len(TTT_LAYERS)}
+    assert scans == once
+    scans.clear()
 
     wrapped = checkpoint_layers(model, recompute)
     assert wrapped == (0 if recompute == "none" else len(layers))
     recomputed = gradients(model, codes)
     assert set(passes.values()) == {2 if recompute == "none" else 3}
-    assert mini_batches["forward"] == 2 * scans  # no more than before
+    assert scans == once
     assert kept.keys() == recomputed.keys()
     for name, value in kept.items():
         assert torch.equal(value, recomputed[name]), name
@@ -94,13 +97,15 @@ def test_selective_recomputation_multiplies_about_half_as_much():
     assert 0.4 * layer < selective < 0.6 * layer, products
 
 
-def test_compiled_layers_give_the_same_gradients(mini_batches):
+@pytest.mark.integration  # a minute of compilation
+def test_compiled_layers_give_the_same_gradients(scans):
     """1e-5: compiled float32 sums in another order. The scan's operator is the same, and its
     outputs are kept through compiled code too."""
     model = set_windows(active_hybrid_model("mlp"))
     codes = random_codes(2, FRAMES)
     expected = gradients(model, codes)
-    scans = mini_batches["forward"]
+    once = dict(scans)
+    scans.clear()
     assert compile_layers(model) == len(transformer_layers(model) + depformer_layers(model))
     checkpoint_layers(model, "layer")
     torch._dynamo.reset()
@@ -109,7 +114,7 @@ def test_compiled_layers_give_the_same_gradients(mini_batches):
     stats = torch._dynamo.utils.counters["stats"]
     # A plain layer, the three parts of one with TTT, a layer of the Depformer: each is traced once.
     assert stats["unique_graphs"] == 5, stats
-    assert mini_batches["forward"] == 2 * scans
+    assert scans == once
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).norm() / value.norm()
