@@ -1,13 +1,23 @@
 """Random inputs for the op tests."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
-from ttt_dist.ops import linear_state, mlp_state, ttt_linear, ttt_mlp
+from ttt_dist.ops import (
+    deep_mlp_state,
+    linear_state,
+    mlp_state,
+    ttt_linear,
+    ttt_mlp,
+    weight_names,
+)
 from ttt_dist.ops.dual_form import dual_form_linear, dual_form_mlp
 
-OPS = {"mlp": ttt_mlp, "linear": ttt_linear}
+DEEP = {f"mlp {depth}": depth for depth in (3, 4, 5)}
+DEPTHS = {"linear": 1, "mlp": 2, **DEEP}
+OPS = {"mlp": ttt_mlp, "linear": ttt_linear, **dict.fromkeys(DEEP, ttt_mlp)}
 TWINS = {"mlp": dual_form_mlp, "linear": dual_form_linear}
 FRAMES = ("q", "k", "v", "eta")
 
@@ -29,7 +39,9 @@ class Case:
         return self.x["q"].shape[2]
 
     def fresh(self):
-        weights = [self.x[n] for n in ("W1", "b1", "W2", "b2") if n in self.x]
+        weights = [self.x[n] for n in weight_names(DEPTHS[self.inner])]
+        if self.inner in DEEP:
+            return deep_mlp_state(weights[::2], weights[1::2], self.batch_size)
         return (mlp_state if self.inner == "mlp" else linear_state)(*weights, self.batch_size)
 
     def run(self, state, start=0, stop=None, op=None, **settings):
@@ -61,10 +73,12 @@ def make_case(inner, B, H, L, d=6, C=4, *, seed=0, dtype=torch.float64, **settin
     x["eta"] = (torch.rand(B, H, L, generator=g, dtype=torch.float64) / C).to(dtype)
     x["ln_weight"] = 1 + normal(H, d, scale=0.2)
     x["ln_bias"] = normal(H, d, scale=0.2)
-    h = 3 * d if inner == "mlp" else d
-    x["W1"], x["b1"] = normal(H, d, h, scale=0.4), normal(H, 1, h, scale=0.2)
-    if inner == "mlp":
-        x["W2"], x["b2"] = normal(H, h, d, scale=0.4), normal(H, 1, d, scale=0.2)
+    widths = [d, *[3 * d] * (DEPTHS[inner] - 1), d]
+    for i, (rows, columns) in enumerate(pairwise(widths), start=1):
+        x[f"W{i}"], x[f"b{i}"] = (
+            normal(H, rows, columns, scale=0.4),
+            normal(H, 1, columns, scale=0.2),
+        )
     for t in x.values():
         t.requires_grad_()
     return Case(inner, x, {"mini_batch_size": C, **settings})

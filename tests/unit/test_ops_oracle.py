@@ -16,10 +16,11 @@ TOLERANCE = 1e-10
 SHAPES = [(2, 3, 11, 4), (1, 1, 12, 4), (2, 1, 3, 7), (1, 2, 1, 4), (3, 2, 5, 1), (1, 2, 13, 2)]
 
 
-def compare(case, state=None, **settings):
+def compare(case, state=None, real=None, **settings):
     """Outputs, returned state and gradients of op and reference, from `state` (default: fresh).
 
-    A carried state's weights and pending parts are leaves of their own.
+    A carried state's weights and pending parts are leaves of their own. `real` `[B, L]` is False in
+    padded frames: their outputs, and gradients of their zero rates, carry no meaning.
     """
     leaves = dict(case.x)
     if state is not None:
@@ -30,7 +31,11 @@ def compare(case, state=None, **settings):
     results = []
     for op in (None, reference_scan):
         out, after = case.run(state or case.fresh(), op=op, **settings)
+        if real is not None:
+            out = out * real[:, None, :, None]
         results.append((out, after, gradients(objective(out, after), leaves)))
+        if real is not None:
+            results[-1][2]["eta"].mul_(real[:, None])
     (out, after, grads), (out_ref, after_ref, grads_ref) = results
     errors = {"out": relative(out, out_ref)} | state_errors(after, after_ref)
     errors |= {f"grad {n}": relative(grads[n], grads_ref[n]) for n in grads}

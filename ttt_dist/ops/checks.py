@@ -56,11 +56,11 @@ def check_scan_arguments(
     if state.depth != depth:
         problems.append(
             f"state has {state.depth} inner layer(s), expected {depth}: "
-            "mlp_state belongs to ttt_mlp, linear_state to ttt_linear"
+            "mlp_state and deep_mlp_state belong to ttt_mlp, linear_state to ttt_linear"
         )
     else:
         h = state.W1.shape[-1]
-        widths = [d, d] if depth == 1 else [d, h, d]
+        widths = [d, *[h] * (depth - 1), d]
         for i, name in enumerate(weight_names(depth)):
             rows = 1 if i % 2 else widths[i // 2]
             shape = [B, H, rows, widths[i // 2 + 1]]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# Layers of the inner MLP. Two have a hand-written backward; more run by autograd.
+MLP_LAYERS = range(2, 6)
+DEEP_MLP_LAYERS = range(3, 6)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +29,9 @@ class InnerState:
 
     A lane is one row of the batch, one stream of its own. Every tensor has the lanes as its first
     dim, so that a lane is reset with `torch.where` and saved by slicing. `W_in`, `W_out` below are
-    the widths of a layer: `d → h → d` for TTT-MLP, `d → d` for TTT-Linear.
+    the widths of a layer: `d → h → d` for TTT-MLP (`d → h → … → h → d` where it has more layers),
+    `d → d` for TTT-Linear. `W1 b1 W2 b2` are properties; deeper layers are in `weights` and, by
+    name, in `tensors()`.
 
     Attributes:
         weights: `(W1, b1, W2, b2, …)`, `W [B, H, W_in, W_out]`, `b [B, H, 1, W_out]`, float32 or
@@ -52,7 +58,7 @@ class InnerState:
 
     @property
     def depth(self) -> int:
-        """Number of linear maps of the inner network: 1 for TTT-Linear, 2 for TTT-MLP."""
+        """Number of linear maps of the inner network: 1 for TTT-Linear, 2 to 5 for TTT-MLP."""
         return len(self.weights) // 2
 
     @property
@@ -67,12 +73,18 @@ class InnerState:
 
     @property
     def W2(self) -> Tensor:  # noqa: N802
-        """`[B, H, h, d]`, completed mini-batches applied. TTT-Linear has none: AttributeError."""
+        """`[B, H, h, d]` (of 3 layers or more: `[B, H, h, h]`), completed mini-batches applied.
+
+        TTT-Linear has none: AttributeError.
+        """
         return self._second_layer(2)
 
     @property
     def b2(self) -> Tensor:
-        """`[B, H, 1, d]`, completed mini-batches applied. TTT-Linear has none: AttributeError."""
+        """`[B, H, 1, d]` (of 3 layers or more: `[B, H, 1, h]`), completed mini-batches applied.
+
+        TTT-Linear has none: AttributeError.
+        """
         return self._second_layer(3)
 
     def _second_layer(self, index: int) -> Tensor:
@@ -167,6 +179,41 @@ def mlp_state(W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, batch_size: int) -
     H, d, h = W1.shape
     parameters = {"W1": W1, "b1": b1, "W2": W2, "b2": b2}
     _check_shapes(parameters, {"W1": [H, d, h], "b1": [H, 1, h], "W2": [H, h, d], "b2": [H, 1, d]})
+    return _fresh_state(parameters, batch_size)
+
+
+def deep_mlp_state(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], batch_size: int
+) -> InnerState:
+    """Fresh state of a TTT-MLP with 3 to 5 layers, tanh-GELU between them, for `batch_size` lanes.
+
+    Args:
+        weights: per head, first to last: `[H, d, h]`, then `[H, h, h]`, the last `[H, h, d]`.
+        biases: as many, `[H, 1, h]`, the last `[H, 1, d]`; see `mlp_state`.
+        batch_size: number of lanes, at least 1.
+
+    Raises:
+        ValueError: another number of layers (`mlp_state` makes those of two), or shapes, dtypes or
+            devices do not fit, naming each tensor.
+    """
+    depth = len(weights)
+    if depth not in DEEP_MLP_LAYERS or len(biases) != depth:
+        raise ValueError(
+            f"found {depth} weights and {len(biases)} biases, expected as many of both, "
+            f"{DEEP_MLP_LAYERS[0]} to {DEEP_MLP_LAYERS[-1]} (mlp_state takes two)"
+        )
+    W1 = weights[0]
+    if W1.ndim != 3:
+        raise ValueError(f"W1 has shape {list(W1.shape)}, expected [H, d, h]")
+    H, d, h = W1.shape
+    widths = [d, *[h] * (depth - 1), d]
+    parameters: dict[str, Tensor] = {}
+    expected: dict[str, list[int]] = {}
+    for i, (W, b) in enumerate(zip(weights, biases, strict=True)):
+        parameters |= {f"W{i + 1}": W, f"b{i + 1}": b}
+        expected[f"W{i + 1}"] = [H, widths[i], widths[i + 1]]
+        expected[f"b{i + 1}"] = [H, 1, widths[i + 1]]
+    _check_shapes(parameters, expected)
     return _fresh_state(parameters, batch_size)
 
 

@@ -1,11 +1,12 @@
-"""TTT-MLP: the inner network is `f(x) = gelu(x W1 + b1) W2 + b2`."""
+"""TTT-MLP: the inner network is `f(x) = gelu(x W1 + b1) W2 + b2`, or has 3 to 5 such layers."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ttt_dist.ops.scan import scan
-from ttt_dist.ops.state import InnerState
+from ttt_dist.ops.dual_form import differentiated_segments
+from ttt_dist.ops.scan import fused_segments, scan
+from ttt_dist.ops.state import DEEP_MLP_LAYERS, InnerState
 
 
 def ttt_mlp(
@@ -34,6 +35,11 @@ def ttt_mlp(
     mini-batch borders); the result is that of one call. Differentiable in all tensors, those of the
     initial and of the returned state included.
 
+    The state's depth chooses the path. Two layers run as one operator with a hand-written backward.
+    Three to five run by autograd through the same dual form, with a gradient checkpoint a group:
+    slower, and under activation checkpointing, which can't keep their outputs, their forward is
+    computed three times a step instead of twice. The contract is the same.
+
     Padding: the frames at the end of a lane whose `eta` is exactly 0 in all heads are no part of
     the stream. They leave the weights and what is pending untouched and don't advance the offset,
     even where they fill up a mini-batch; a lane of zeros comes back unchanged. They must be finite,
@@ -45,14 +51,15 @@ def ttt_mlp(
         eta: `[B, H, L]`, inner learning rate of each token with all factors applied, the nominal
             `1 / mini_batch_size` included. Dtype of the state, or q's.
         ln_weight, ln_bias: `[H, d]`, per-head inner LayerNorm. Dtype of the state, or q's.
-        state: of `mlp_state`, or as returned by the call before. float32 (float64 where q is), as
-            are inner LayerNorm and losses.
+        state: of `mlp_state` or `deep_mlp_state`, or as returned by the call before. float32
+            (float64 where q is), as are inner LayerNorm and losses.
         mini_batch_size: C, tokens that share their start weights; the same over a stream.
         causal: False lets a token read from later ones of its mini-batch.
         inner_eps: of the inner LayerNorm.
         checkpoint_group_size: mini-batches that the backward computes once more together; only
             the state between such groups is kept. None takes about the square root of their number,
-            which needs the least memory; 0 makes a single group.
+            which needs the least memory; 0 makes a single group (with three layers or more: keeps
+            everything, and computes nothing again).
 
     Returns:
         `[B, H, L, d]` in q's dtype, and the state after the last frame.
@@ -61,9 +68,10 @@ def ttt_mlp(
         ValueError: shapes, dtypes or devices don't fit, `L` is 0, the state is another op's or was
             carried with another `mini_batch_size`, or `causal=False` meets a started mini-batch.
     """
+    deep = state.depth in DEEP_MLP_LAYERS
     return scan(
         "ttt_mlp",
-        2,
+        state.depth if deep else 2,
         q,
         k,
         v,
@@ -75,4 +83,5 @@ def ttt_mlp(
         causal=causal,
         inner_eps=inner_eps,
         checkpoint_group_size=checkpoint_group_size,
+        segments=differentiated_segments if deep else fused_segments,
     )
