@@ -34,7 +34,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def refuse_unbuilt(config: TrainConfig) -> list[str]:
     """Keys whose feature isn't built yet (or never will be), each with the reason."""
     ttt = config.ttt
-    deep = ttt.inner_model == "mlp" and ttt.ttt_mlp_layers != 2
     refusals = (
         (
             config.lora.enable,
@@ -52,11 +51,6 @@ def refuse_unbuilt(config: TrainConfig) -> list[str]:
             ttt.persistent_states,
             "ttt.persistent_states: found true; carrying states from one piece of a recording to "
             "the next isn't built yet; allowed: false; use a longer duration_sec",
-        ),
-        (
-            deep,
-            f"ttt.ttt_mlp_layers: found {ttt.ttt_mlp_layers}; inner MLPs of another depth than 2 "
-            "aren't built yet; allowed: 2, or ttt.inner_model: linear",
         ),
         (
             ttt.log_inner_loop_losses,
@@ -124,6 +118,7 @@ def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTCo
         mini_batch_size=section.mini_batch_size,
         base_lr=section.base_lr,
         expansion=section.ttt_mlp_expansion_factor,
+        mlp_layers=section.ttt_mlp_layers,
         causal=section.causal,
         inner_eps=section.inner_eps,
         checkpoint_group_size=section.checkpoint_group_size,

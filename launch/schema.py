@@ -137,8 +137,8 @@ class TTTSection(Section):
     """carry the state from one piece of a recording to the next"""
     initial_gating_alpha: Float = 0.05
     """start of the gate: x + tanh(alpha) * TTT(x)"""
-    ttt_mlp_layers: PositiveInt = 2
-    """depth of the inner MLP"""
+    ttt_mlp_layers: Annotated[int, Field(ge=2, le=5), _NUMBER] = 2
+    """layers of the inner MLP; above 2 slower: gradient_checkpointing then runs a third forward"""
     ttt_mlp_expansion_factor: PositiveInt = 4
     """width of the inner MLP, in head dimensions"""
     ttt_layer_context: PositiveInt | None = 50

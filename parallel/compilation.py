@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
-from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTMoshi
 from ttt_dist.moshi.build import depformer_layers, transformer_layers
 
 
@@ -14,10 +16,23 @@ def compile_layers(model: TTTMoshi) -> int:
     """Compile every transformer and Depformer layer by itself; returns their number.
 
     A graph break is an error, not a silent return to eager execution. Layers of one kind share
-    their compiled code; the scan stays one operator in it.
+    their compiled code; the scan stays one operator in it. A TTT layer whose inner MLP has three
+    layers or more stays eager: its scan is a Python loop over all mini-batches, which a compiler
+    would unroll.
     """
     layers = transformer_layers(model) + depformer_layers(model)
     for layer in layers:
         compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-        layer.wrap_parts(backbone=compiled, ttt=compiled)
+        layer.wrap_parts(backbone=compiled, ttt=_eager if _is_deep(layer) else compiled)
     return len(layers)
+
+
+def _is_deep(layer: HybridStreamingTransformerLayer) -> bool:
+    if layer.ttt is None:
+        return False
+    config = layer.ttt.layer.config
+    return config.inner_model == "mlp" and config.mlp_layers > 2
+
+
+def _eager(part: Callable[..., Any]) -> Callable[..., Any]:
+    return part

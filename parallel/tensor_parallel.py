@@ -15,7 +15,11 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTMoshi
 from ttt_dist.moshi.build import transformer_layers
+from ttt_dist.ops import MLP_LAYERS, weight_names
 from ttt_dist.placement import BY_BLOCK_ROW, BY_HEAD, BY_INPUT, REPLICATED
+
+# Of the deepest inner network; a layer has those that its depth asks for.
+_INNER_WEIGHTS = weight_names(MLP_LAYERS[-1])
 
 # Parameter of TTTLayer -> placement on the tp axis.
 TTT_PLACEMENTS: dict[str, tuple[Placement, ...]] = {
@@ -29,10 +33,7 @@ TTT_PLACEMENTS: dict[str, tuple[Placement, ...]] = {
     "learnable_ttt_lr_bias": BY_HEAD,
     "ttt_norm_weight": BY_HEAD,
     "ttt_norm_bias": BY_HEAD,
-    "W1": BY_HEAD,
-    "b1": BY_HEAD,
-    "W2": BY_HEAD,
-    "b2": BY_HEAD,
+    **dict.fromkeys(_INNER_WEIGHTS, BY_HEAD),
     "post_norm.weight": BY_HEAD,
     "post_norm.bias": BY_HEAD,
     "wo.weight": BY_INPUT,
@@ -108,5 +109,5 @@ def _distribute(
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """TTT-Linear has no second inner layer; every other name of a table must be there."""
-    return name not in ("W2", "b2") or name in dict(module.named_parameters(recurse=False))
+    """Inner networks are of many depths; every other name of a table must be there."""
+    return name not in _INNER_WEIGHTS or name in dict(module.named_parameters(recurse=False))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ttt_dist.ops import MLP_LAYERS
+
 
 @dataclass(frozen=True)
 class TTTConfig:
@@ -13,10 +15,12 @@ class TTTConfig:
     Args:
         model_dim: `D`, width of the residual stream.
         num_heads: `H`; each head owns an inner network over `d = D / H` features.
-        inner_model: "mlp" (TTT-MLP, two layers) or "linear" (TTT-Linear).
+        inner_model: "mlp" (TTT-MLP) or "linear" (TTT-Linear).
         mini_batch_size: `C`, frames whose inner gradients are taken at the same weights.
         base_lr: inner learning rate before the gate and the division by `d * C`.
         expansion: hidden size of the inner MLP in multiples of `d`; TTT-Linear has none.
+        mlp_layers: linear maps of the inner MLP, 2 to 5, tanh-GELU between them; TTT-Linear has
+            one, whatever this says. Two run on the fast path, see `ttt_dist.ops.ttt_mlp`.
         causal: frame i sees only frames j <= i. False reproduces TTT-Video, which looks ahead
             within a mini-batch.
         inner_eps: eps of the inner LayerNorm (TTT.md: 1e-6; TTT-Video has 1e-8).
@@ -34,6 +38,7 @@ class TTTConfig:
     mini_batch_size: int = 16
     base_lr: float = 1.0
     expansion: int = 4
+    mlp_layers: int = 2
     causal: bool = True
     inner_eps: float = 1e-6
     checkpoint_group_size: int | None = None
@@ -55,6 +60,11 @@ class TTTConfig:
             )
         if self.inner_model not in ("mlp", "linear"):
             problems.append(f"inner_model: found {self.inner_model!r}, allowed are 'mlp', 'linear'")
+        if self.mlp_layers not in MLP_LAYERS:
+            problems.append(
+                f"mlp_layers: found {self.mlp_layers}, allowed are {MLP_LAYERS[0]} to "
+                f"{MLP_LAYERS[-1]}"
+            )
         if self.base_lr < 0:
             problems.append(f"base_lr: found {self.base_lr}, allowed are numbers >= 0")
         if self.inner_eps <= 0 or self.rope_base <= 0:
@@ -76,3 +86,9 @@ class TTTConfig:
     def hidden_dim(self) -> int:
         """`h`, hidden size of the inner MLP."""
         return self.expansion * self.head_dim
+
+    @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """Features before, between and after the inner network's linear maps: `d, h, …, h, d`."""
+        hidden = self.mlp_layers - 1 if self.inner_model == "mlp" else 0
+        return (self.head_dim, *[self.hidden_dim] * hidden, self.head_dim)

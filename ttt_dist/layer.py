@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,12 +15,14 @@ from ttt_dist.norm import ShardedLayerNorm
 from ttt_dist.ops import (
     InnerState,
     apply_rope,
+    deep_mlp_state,
     linear_state,
     mlp_state,
     rope_table,
     stream_positions,
     ttt_linear,
     ttt_mlp,
+    weight_names,
 )
 from ttt_dist.placement import BY_HEAD, BY_INPUT, REPLICATED, enter_shards, sum_shards, to_local
 
@@ -57,14 +61,10 @@ class TTTLayer(nn.Module):
         self.learnable_ttt_lr_bias = parameter(H, 1)
         self.ttt_norm_weight = parameter(H, d)
         self.ttt_norm_bias = parameter(H, d)
-        if config.inner_model == "mlp":
-            self.W1 = parameter(H, d, config.hidden_dim)
-            self.b1 = parameter(H, 1, config.hidden_dim)
-            self.W2 = parameter(H, config.hidden_dim, d)
-            self.b2 = parameter(H, 1, d)
-        else:
-            self.W1 = parameter(H, d, d)
-            self.b1 = parameter(H, 1, d)
+        # The inner network's weights at a stream's start: W1, b1, W2, b2, …
+        for number, (rows, columns) in enumerate(pairwise(config.inner_widths), start=1):
+            self.register_parameter(f"W{number}", parameter(H, rows, columns))
+            self.register_parameter(f"b{number}", parameter(H, 1, columns))
         self.post_norm = ShardedLayerNorm(D, eps=POST_NORM_EPS, **factory)
         self.reset_parameters()
 
@@ -74,15 +74,22 @@ class TTTLayer(nn.Module):
             for name, value in self.named_parameters():
                 initial_value(name, value, generator)
 
+    def inner_parameters(self) -> list[nn.Parameter]:
+        """`W1, b1, W2, b2, …`: the learned initial weights of the inner network."""
+        return [getattr(self, name) for name in weight_names(len(self.config.inner_widths) - 1)]
+
     def initial_state(self, batch_size: int) -> InnerState:
         """The state before the first frame: the learned initial weights of this rank's heads.
 
         Differentiable in the parameters; tensors `[B, H, ...]` as in `ttt_dist.ops`.
         """
-        W1, b1 = self._own_heads(self.W1), self._own_heads(self.b1)
+        own = [self._own_heads(parameter) for parameter in self.inner_parameters()]
+        weights, biases = own[::2], own[1::2]
         if self.config.inner_model == "linear":
-            return linear_state(W1, b1, batch_size)
-        return mlp_state(W1, b1, self._own_heads(self.W2), self._own_heads(self.b2), batch_size)
+            return linear_state(weights[0], biases[0], batch_size)
+        if self.config.mlp_layers == 2:
+            return mlp_state(weights[0], biases[0], weights[1], biases[1], batch_size)
+        return deep_mlp_state(weights, biases, batch_size)
 
     def forward(
         self, x: Tensor, state: InnerState | None = None, frame_mask: Tensor | None = None
@@ -164,7 +171,7 @@ def initial_value(name: str, value: Tensor, generator: torch.Generator | None = 
         value: the tensor to fill.
         generator: source of the normal numbers.
     """
-    if name.endswith(("bias", "b1", "b2")):
+    if re.search(r"(bias|\bb\d)$", name):
         value.zero_()
     elif name.endswith("norm.weight") or name.endswith("norm_weight"):
         value.fill_(1.0)

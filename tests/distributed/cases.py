@@ -39,6 +39,7 @@ class Case:
         layout: a name of `LAYOUTS`.
         dtype: of weights, computation and gradient sums.
         inner_model: TTT's, `mlp` or `linear`.
+        mlp_layers: of TTT's inner MLP.
         frozen: train TTT alone.
         reduce_every_microbatch: of `accumulate_gradients`.
         plan: fields of `ParallelPlan` beside the dtypes.
@@ -47,6 +48,7 @@ class Case:
     layout: str
     dtype: torch.dtype = torch.float64
     inner_model: str = "mlp"
+    mlp_layers: int = 2
     frozen: bool = False
     reduce_every_microbatch: bool = False
     plan: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +79,7 @@ CASES: dict[str, Case] = {
     "tp 2 x fsdp 2, float32": Case("tp 2 x fsdp 2", torch.float32),
     "tp 2, linear": Case("tp 2", inner_model="linear"),
     "tp 2 x fsdp 2, linear": Case("tp 2 x fsdp 2", inner_model="linear"),
+    "tp 2, three inner layers": Case("tp 2", mlp_layers=3),
     "tp 2, frozen": Case("tp 2", frozen=True),
     "tp 2 x fsdp 2, frozen": Case("tp 2 x fsdp 2", frozen=True),
     "fsdp 2, reduced every microbatch": Case("fsdp 2", reduce_every_microbatch=True),

@@ -50,13 +50,17 @@ FRAMES = 29  # three mini-batches of 8 and a remainder of 5; no multiple of 2 or
 
 
 def ttt_placement(
-    inner_model: str = "mlp", alpha: float = 0.3, lm_config: dict[str, Any] = LM_CONFIG
+    inner_model: str = "mlp",
+    alpha: float = 0.3,
+    lm_config: dict[str, Any] = LM_CONFIG,
+    mlp_layers: int = 2,
 ) -> TTTPlacement:
     """TTT in the two middle layers; mini-batches of 8, groups of 2 so that checkpoints matter."""
     layer = TTTConfig(
         model_dim=lm_config["dim"],
         num_heads=lm_config["num_heads"],
         inner_model=inner_model,
+        mlp_layers=mlp_layers,
         mini_batch_size=8,
         base_lr=2.0,
         checkpoint_group_size=2,

@@ -7,7 +7,7 @@ one batch; the sharded run goes through the functions that `launch/train.py` cal
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,16 @@ if TYPE_CHECKING:  # torchtitan may not be imported before parallel.device
     from torchtitan.components.optimizer import OptimizersContainer
 
 OPTIM = OptimConfig(lr=1e-3, ttt_lr=3e-3, pct_start=0.0, final_lr_fraction=1.0)
-Trained = tuple[torch.dtype, str, bool]  # dtype, inner model, frozen backbone
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a model is, whatever the layout; see `Case` for the fields."""
+
+    dtype: torch.dtype = torch.float64
+    inner_model: str = "mlp"
+    mlp_layers: int = 2
+    frozen: bool = False
 
 
 class OneRank:
@@ -51,18 +60,19 @@ def make_model(
     weights: Path, trained: Trained, mesh: Mesh | None, plan: dict[str, Any]
 ) -> TTTMoshi:
     """The tiny model, laid over `mesh` or not, with the values that every run starts from."""
-    dtype, inner_model, frozen = trained
     model = build_model(
         tiny.WIDE_LM_CONFIG,
-        tiny.ttt_placement(inner_model, lm_config=tiny.WIDE_LM_CONFIG),
-        dtype=dtype,
+        tiny.ttt_placement(
+            trained.inner_model, lm_config=tiny.WIDE_LM_CONFIG, mlp_layers=trained.mlp_layers
+        ),
+        dtype=trained.dtype,
     )
     set_attention_contexts(model, ttt_context=tiny.TTT_CONTEXT, other_context=tiny.OTHER_CONTEXT)
-    if frozen:
+    if trained.frozen:
         for name, value in model.named_parameters():
             value.requires_grad_(is_ttt_parameter(name))
     if mesh is not None:
-        settings = {"compute_dtype": dtype, "reduce_dtype": dtype} | plan
+        settings = {"compute_dtype": trained.dtype, "reduce_dtype": trained.dtype} | plan
         parallelize(model, mesh, ParallelPlan(**settings))
     model.to_empty(device="cpu")
     load_base_weights(model, weights)
@@ -156,7 +166,7 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
 
     Losses, norms and parameters of `case.steps` steps.
     """
-    trained = (case.dtype, case.inner_model, case.frozen)
+    trained = Trained(case.dtype, case.inner_model, case.mlp_layers, case.frozen)
     plain = plain_runs.of(trained)
     plain_losses, plain_norms, plain_final = plain.steps
     model = make_model(plain_runs.weights, trained, mesh, case.plan)
@@ -191,7 +201,7 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
             result["finite"] = all(bool(whole(g).isfinite().all()) for g in found.values())
             if case.dtype == torch.float32:
                 result["all gradients"] = errors
-                exact = plain_runs.of((torch.float64, case.inner_model, case.frozen)).gradients
+                exact = plain_runs.of(replace(trained, dtype=torch.float64)).gradients
                 pairs = {n: (g.double(), exact[n]) for n, g in plain.gradients.items()}
                 result["plain rounding"] = relative_errors(pairs)
         norm = clip_gradients(model.parameters(), MAX_NORM).item()
@@ -234,7 +244,7 @@ def elements_held(model: TTTMoshi, optimizers: OptimizersContainer, mesh: Mesh) 
 
 def planted_fault(plain_runs: PlainRuns, mesh: Mesh, fault: Fault) -> dict[str, Any]:
     """What the comparison of one step shows where a mistake is planted in the sharded model."""
-    trained = (torch.float64, "mlp", False)
+    trained = Trained()
     plain = plain_runs.of(trained)
     with fault():
         model = make_model(plain_runs.weights, trained, mesh, {})

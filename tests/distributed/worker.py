@@ -39,6 +39,7 @@ from tests.distributed.tp_cases import layer_traffic, placement_words
 from tests.distributed.training import (
     OPTIM,
     PlainRuns,
+    Trained,
     compare_training,
     loss_config,
     make_model,
@@ -52,7 +53,7 @@ def reshard_checkpoint(weights: Path, folder: Path, meshes: list[Mesh]) -> dict[
     saved: dict[str, Tensor] = {}
     result: dict[str, Any] = {}
     for index, mesh in enumerate(meshes):
-        model = make_model(weights, (torch.float32, "mlp", False), mesh, {})
+        model = make_model(weights, Trained(torch.float32), mesh, {})
         optimizers = build_optimizers(model, OPTIM, fused=False)
         schedule = build_schedule(optimizers, OPTIM, 10)
         if index == 0:

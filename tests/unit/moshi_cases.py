@@ -30,9 +30,11 @@ def hybrid_model(
     return model
 
 
-def active_hybrid_model(inner_model: str = "mlp", dtype: torch.dtype = torch.float32) -> TTTMoshi:
+def active_hybrid_model(
+    inner_model: str = "mlp", dtype: torch.dtype = torch.float32, mlp_layers: int = 2
+) -> TTTMoshi:
     """Gate 0.3, inner networks and their gates away from the initial values: TTT matters."""
-    model = hybrid_model(ttt_placement(inner_model, alpha=0.3), dtype)
+    model = hybrid_model(ttt_placement(inner_model, alpha=0.3, mlp_layers=mlp_layers), dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, value in model.named_parameters():

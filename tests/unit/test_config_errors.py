@@ -71,6 +71,8 @@ data: {train_data: "${home}/a.jsonl"}
         ("optim.lr=fast", ["optim.lr", "'fast'", "a number > 0", "0.0001", "command line"]),
         ("optim.lr=-1", ["found -1", "a number > 0"]),
         ("optim.lr=.nan", ["optim.lr", "a number > 0"]),
+        ("ttt.ttt_mlp_layers=1", ["ttt.ttt_mlp_layers", "found 1", "≥ 2 and ≤ 5", "inner MLP"]),
+        ("ttt.ttt_mlp_layers=6", ["ttt.ttt_mlp_layers", "found 6", "≥ 2 and ≤ 5", "inner MLP"]),
         ("param_dtype=fp16", ["'fp16'", "auto, bfloat16, float32, float64"]),
         ("seed=true", ["seed", "found True", "a whole number"]),
         ("ttt.enable=maybe", ["'maybe'", "true or false"]),

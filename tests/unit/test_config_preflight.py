@@ -12,7 +12,6 @@ from launch.preflight import (
     build_ttt_config,
     check_run,
     check_start,
-    refuse_unbuilt,
     resolve_mesh,
     run_warnings,
 )
@@ -51,7 +50,6 @@ def test_7b_configs_lack_nothing_but_data(tmp_path: Path, name: str) -> None:
     [
         ("lora.enable=true", "LoRA isn't built yet"),
         ("ttt.persistent_states=true", "ttt.persistent_states"),
-        ("ttt.ttt_mlp_layers=3", "found 3"),
         ("ttt.log_inner_loop_losses=true", "ttt.log_inner_loop_losses"),
         ("ttt.save_inner_loop_plots=true", "ttt.save_inner_loop_plots"),
         ("ttt.causal=false", "later frames"),
@@ -76,7 +74,15 @@ def test_compiled_layers_are_kept_or_recomputed_whole(tmp_path: Path) -> None:
 
 def test_depth_of_the_inner_mlp_says_nothing_about_ttt_linear(tmp_path: Path) -> None:
     config = demo(tmp_path, "ttt.inner_model=linear", "ttt.ttt_mlp_layers=3")
-    assert refuse_unbuilt(config) == []
+    assert check(config) == []
+    assert build_ttt_config(config.ttt, TINY).inner_widths == (16, 16)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 5])
+def test_depth_of_the_inner_mlp_reaches_the_layer(tmp_path: Path, layers: int) -> None:
+    config = demo(tmp_path, f"ttt.ttt_mlp_layers={layers}")
+    assert check(config) == []
+    assert build_ttt_config(config.ttt, TINY).mlp_layers == layers
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from torch import nn
 from ttt_dist.moshi.build import transformer_layers
 from ttt_dist.moshi.packed import packed_parameters
 
-# State-sized products of a frame's inner step, forward. TTT.md counts 7 for TTT-MLP; TTT-Linear has
-# K W, Q W and the update.
-_MLP_PRODUCTS, _LINEAR_PRODUCTS = 7, 3
+# State-sized products of a frame's inner step, forward: K W, Q W and the update of every inner
+# layer, and the gradient through all but the first: 3 for TTT-Linear, 7 for two layers (TTT.md).
+_PRODUCTS, _FIRST_PRODUCTS = 4, 3
 
 
 def flops_per_frame(model: LMModel, frames: int) -> float:
@@ -41,7 +41,7 @@ def flops_per_frame(model: LMModel, frames: int) -> float:
         seen = (frames + 1) / 2 if context is None else min((frames + 1) / 2, context)
         operations += 4 * model.dim * seen  # scores and values
         if layer.ttt is not None:
-            inner = layer.ttt.layer
-            products = _MLP_PRODUCTS if inner.config.inner_model == "mlp" else _LINEAR_PRODUCTS
-            operations += 2 * products * inner.W1.numel()
+            first, *others = layer.ttt.layer.inner_parameters()[::2]
+            operations += 2 * _FIRST_PRODUCTS * first.numel()
+            operations += 2 * _PRODUCTS * sum(W.numel() for W in others)
     return 3 * operations
