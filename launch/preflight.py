@@ -24,7 +24,8 @@ from launch.schema import TTTSection
 from ttt_dist.config import TTTConfig
 from ttt_dist.data.manifest import DataError, read_sources
 from ttt_dist.moshi.build import lm_config_problems, select_layers
-from ttt_dist.moshi.release import ReleaseError, open_release
+from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.release import open_release
 
 FRAMES_PER_SECOND = 12.5
 NEEDED_OF_MODEL = ("dim", "num_heads", "num_layers")

@@ -26,7 +26,8 @@ from ttt_dist.data.cache import CodesCache, CodesSpec
 from ttt_dist.data.dataset import default_cache_folder
 from ttt_dist.data.encode import EncodeReport, encode_missing, load_codec, share_of
 from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings, read_sources
-from ttt_dist.moshi.release import ReleaseError, open_release
+from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.release import open_release
 
 
 def read_splits(config: TrainConfig, *, check_files: bool) -> dict[str, tuple[Source, ...]]:

@@ -56,9 +56,9 @@ from ttt_dist.data.batches import StepBatches, eval_batches
 from ttt_dist.data.dataset import GlobalOrder
 from ttt_dist.data.manifest import DataError
 from ttt_dist.moshi.build import without_ttt
+from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.flops import flops_per_frame
 from ttt_dist.moshi.loss import LossConfig
-from ttt_dist.moshi.release import ReleaseError
 
 # While train.py encodes audio by itself, ranks that are done wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)

@@ -29,8 +29,9 @@ from ttt_dist.moshi.build import (
     lm_settings,
     select_layers,
 )
+from ttt_dist.moshi.errors import ReleaseError, read_json_object
 from ttt_dist.moshi.loss import LossConfig
-from ttt_dist.moshi.release import ReleaseError, open_release, read_json_object
+from ttt_dist.moshi.release import open_release
 from ttt_dist.moshi.weights import fill_own, seeded_generator
 from ttt_dist.placement import shard_slices
 

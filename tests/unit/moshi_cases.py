@@ -1,10 +1,12 @@
 """Tiny Moshi models with and without TTT, filled through the code that fills the 7B."""
 
+import json
 import tempfile
 from pathlib import Path
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
+from safetensors.torch import load_file, save_file
 
 from tests.distributed.tiny import LM_CONFIG, random_codes, save_release_weights, ttt_placement
 from ttt_dist.moshi.block import TTTMoshi
@@ -41,6 +43,21 @@ def active_hybrid_model(
             if ".ttt.layer." in name:
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
     return model
+
+
+def split_release(path: Path, files: int = 3) -> Path:
+    """`path` as several files with an index, which is returned; `path` itself is removed."""
+    tensors = load_file(path)
+    path.unlink()
+    weight_map = {}
+    for part in range(files):
+        name = f"model-{part + 1:05d}-of-{files:05d}.safetensors"
+        own = dict(list(tensors.items())[part::files])
+        save_file(own, path.with_name(name))
+        weight_map |= dict.fromkeys(own, name)
+    index = path.with_name(path.name + ".index.json")
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return index
 
 
 def set_windows(model: TTTMoshi, ttt_context: int = 5, other_context: int = 7) -> TTTMoshi:

@@ -1,15 +1,22 @@
 """Finding a release: every mistake in it gives one clear message, and no pickle is read."""
 
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import reset_sessions
+from safetensors.torch import save_file
 
 from tests.distributed.tiny import LM_CONFIG, save_release_weights
-from ttt_dist.moshi.release import ReleaseError, open_release
+from tests.unit.moshi_cases import split_release
+from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.release import open_release
+from ttt_dist.moshi.tensor_files import TensorFiles
 
 NAMES = {
     "moshi_name": "model.safetensors",
@@ -21,12 +28,12 @@ NAMES = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Real Moshi weights; Mimi and tokenizer, which `open_release` doesn't read, are empty."""
+    """Real Moshi weights; of Mimi one tensor, and an empty tokenizer, which isn't opened."""
     folder = tmp_path / "release"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LM_CONFIG | NAMES | {"model_type": "moshi"}))
     save_release_weights(folder / NAMES["moshi_name"])
-    (folder / NAMES["mimi_name"]).touch()
+    save_file({"codebook": torch.zeros(3)}, folder / NAMES["mimi_name"])
     (folder / NAMES["mimi_config_name"]).write_text('{"sample_rate": 24000}')
     (folder / NAMES["tokenizer_name"]).touch()
     return folder
@@ -86,7 +93,7 @@ def test_a_folder_in_the_home_directory_opens(folder, monkeypatch):
 
 def test_single_files_replace_the_folders_own(folder, tmp_path):
     other = tmp_path / "other.safetensors"
-    other.touch()
+    save_release_weights(other)
     info = open_release(str(folder), moshi_path=str(other))
     assert info.moshi_weights == other
     assert info.mimi_weights == folder / "mimi.safetensors"
@@ -176,3 +183,88 @@ def test_a_hub_id_without_network_is_told_at_once(no_hub):
 def test_an_impossible_hub_id_is_told(no_hub, name):
     """Found impossible by the hub's own rules, before any request."""
     assert f"cannot fetch {name!r}" in message_of(name)
+
+
+def test_an_index_stands_for_the_file_that_config_names(folder):
+    index = split_release(folder / "model.safetensors")
+    assert open_release(str(folder)).moshi_weights == index
+    assert open_release(str(folder), moshi_path=str(index)).moshi_weights == index
+
+
+def bomb(path: Path) -> None:
+    """A million empty tensors in a sound file: the library alone needs 16 s to open it."""
+    entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(entry % i for i in range(1_000_000)) + "}").encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+DAMAGES = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-4]), "its header tells of"),
+    "empty": (lambda path: path.write_bytes(b""), "it has 0 bytes"),
+    "a pickle": (lambda path: torch.save({"a": torch.zeros(9)}, path), "another kind of file"),
+    "a text": (lambda path: path.write_text("version https://git-lfs\n" * 9), "another kind"),
+    "header bomb": (bomb, "allowed are 2,097,152"),
+    "no JSON": (lambda path: path.write_bytes(bytes([9] + [0] * 7) + b"{" * 9), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("which", ["moshi", "mimi"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused_within_a_second(folder, which, damage):
+    path = folder / NAMES[f"{which}_name"]
+    spoil, why = DAMAGES[damage]
+    spoil(path)
+    start = time.monotonic()
+    message = message_of(str(folder))
+    assert time.monotonic() - start < 1
+    assert str(path) in message
+    assert why in message
+
+
+def change_index(index: Path, change: Callable[[dict[str, str]], object]) -> None:
+    content = json.loads(index.read_text())
+    change(content["weight_map"])
+    index.write_text(json.dumps(content))
+
+
+def test_an_index_names_files_beside_it_that_are_there(folder, tmp_path):
+    index = split_release(folder / "model.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "model.bin"):
+        change_index(index, lambda files, name=name: files.update(x=name))
+        assert f"{index}: weight_map: found {name}; allowed are names" in message_of(str(folder))
+    change_index(index, lambda files: files.update(x="model-00009-of-00009.safetensors"))
+    assert "model-00009-of-00009.safetensors (1 tensors)" in message_of(str(folder))
+    index.write_text('{"metadata": {}}')
+    assert f"{index}: found no weight_map" in message_of(str(folder))
+
+
+def test_an_index_and_its_files_tell_of_the_same_tensors(folder):
+    index = split_release(folder / "model.safetensors")
+    first = json.loads(index.read_text())["weight_map"]["text_linear.weight"]
+    change_index(index, lambda files: (files.pop("emb.0.weight"), files.update(ghost=first)))
+    with pytest.raises(ReleaseError) as caught:
+        TensorFiles(index)
+    message = str(caught.value)
+    assert "1 listed, but in none of its files: ghost" in message
+    assert "1 in its files, but not listed: emb.0.weight" in message
+
+
+def test_a_repository_in_several_files_is_fetched_whole(folder, tmp_path, monkeypatch):
+    """The hub itself is out of reach; its download function is replaced by copies of files."""
+    split_release(folder / "model.safetensors")
+    fetched = []
+
+    def download(repo_id: str, filename: str, **_: object) -> str:
+        fetched.append(filename)
+        if not (folder / filename).exists():
+            raise EntryNotFoundError(filename)
+        shutil.copy(folder / filename, tmp_path / filename)
+        return str(tmp_path / filename)
+
+    for module in ("ttt_dist.moshi.release", "moshi.models.loaders"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    info = open_release("owner/name")
+    assert info.moshi_weights == tmp_path / "model.safetensors.index.json"
+    assert {f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)} <= set(fetched)
+    assert "model.safetensors" not in fetched

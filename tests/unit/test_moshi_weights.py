@@ -1,5 +1,6 @@
 """Filling the model: a packed release file, strictly; TTT's initial values, whatever the layout."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from tests.distributed.tiny import (
     stock_model,
     ttt_placement,
 )
+from tests.unit.moshi_cases import split_release
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import TTTPlacement, build_model, is_ttt_parameter
+from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.packed import stock_state_dict
-from ttt_dist.moshi.release import ReleaseError
-from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
+from ttt_dist.moshi.weights import collapse_numbers, init_ttt_weights, load_base_weights
 
 PACKED = "depformer.layers.0.self_attn.in_proj_weight"
 
@@ -87,13 +89,45 @@ def test_all_mismatches_in_one_message_and_nothing_copied(release_file):
     assert is_blank(model)
 
 
-def test_long_lists_are_cut_and_counted(release_file):
+def test_long_lists_are_told_whole_layer_by_layer(release_file):
     tensors = load_file(release_file)
-    removed = [name for name in tensors if name.startswith("transformer.layers.")]
+    removed = [name for name in tensors if re.match(r"transformer\.layers\.[013]\.", name)]
     save_file({k: v for k, v in tensors.items() if k not in removed}, release_file)
     with pytest.raises(ReleaseError) as caught:
         load_base_weights(blank_model(), release_file)
-    assert f"and {len(removed) - 8} more" in str(caught.value)
+    message = str(caught.value)
+    assert f"{len(removed)} missing: " in message
+    parts = {name.split(".", 3)[3] for name in removed}
+    for part in parts:
+        part = re.sub(
+            r"(in|out)_proj[._]weight", r"\1_projs.0.weight", part
+        )
+        assert f"transformer.layers.{{0-1,3}}.{part}" in message
+
+
+def test_names_stand_together_where_only_the_first_number_differs():
+    names = ["a.0.b.1", "a.1.b.1", "a.2.b.1", "a.1.b.2", "c", "d.7"]
+    assert collapse_numbers(names) == ["a.1.b.2", "a.{0-2}.b.1", "c", "d.7"]
+
+
+def test_quantised_weights_are_refused(release_file):
+    tensors = load_file(release_file)
+    tensors["text_linear.weight"] = tensors["text_linear.weight"].to(torch.int8)
+    save_file(tensors, release_file)
+    model = blank_model()
+    with pytest.raises(ReleaseError, match=r"1 of another dtype: text_linear\.weight: found I8"):
+        load_base_weights(model, release_file)
+    assert is_blank(model)
+
+
+def test_an_index_of_several_files_loads_as_one(release_file):
+    expected = blank_model()
+    load_base_weights(expected, release_file)
+    index = split_release(release_file)
+    found = blank_model()
+    load_base_weights(found, index)
+    pairs = zip(expected.parameters(), found.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("steps", [7, 9, 16])

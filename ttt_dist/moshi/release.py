@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -20,16 +18,15 @@ from moshi.models.loaders import (
     CheckpointInfo,
 )
 
+from ttt_dist.moshi.errors import ReleaseError, read_json_object
+from ttt_dist.moshi.tensor_files import INDEX_SUFFIX, check_tensor_files, is_index, names_in_index
+
 # Configuration keys that name a file of the release, and what moshi falls back to.
 _FILE_KEYS = {
     "moshi_name": MOSHI_NAME,
     "mimi_name": MIMI_NAME,
     "tokenizer_name": TEXT_TOKENIZER_NAME,
 }
-
-
-class ReleaseError(ValueError):
-    """The base checkpoint cannot be used; the message says which file and how to mend it."""
 
 
 def open_release(
@@ -46,14 +43,15 @@ def open_release(
         hf_repo_id: a hub repository id (files are fetched once a node into the hub's cache, which
             locks them) or a local folder with the same files.
         moshi_path, mimi_path, tokenizer_path, config_path: single local files that replace the
-            release's own, as in moshi-finetune's `moshi_paths`.
+            release's own, as in moshi-finetune's `moshi_paths`. Moshi's weights may be an index of
+            several files (`model.safetensors.index.json`), in a release too.
 
     Returns:
         moshi's `CheckpointInfo`: paths, `lm_config`, `mimi_config`, and its loaders.
 
     Raises:
         ReleaseError: the folder or repository lacks a file, the configuration is no JSON object,
-            or a weight file is no `.safetensors` (pickles are never read).
+            or a weight file is no sound `.safetensors` (pickles are never read).
     """
     overrides = {
         "moshi_weights": _override("moshi_paths.moshi_path", moshi_path),
@@ -82,7 +80,9 @@ def open_release(
         read_json_object(overrides["config_path"])
     try:
         if overrides["config_path"] is None:
-            overrides["config_path"] = _fetch_config(hf_repo_id)
+            overrides["config_path"] = _fetch(hf_repo_id, "config.json")
+        if overrides["moshi_weights"] is None:
+            overrides["moshi_weights"] = _fetch_indexed(hf_repo_id, overrides["config_path"])
         info = CheckpointInfo.from_hf_repo(hf_repo_id, **overrides)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -91,26 +91,37 @@ def open_release(
             "and the network, or give a local folder in the release layout"
         ) from error
     for field, path in (("moshi", info.moshi_weights), ("mimi", info.mimi_weights)):
-        if Path(path).suffix != ".safetensors":
+        if path.suffix != ".safetensors" and not (field == "moshi" and is_index(path)):
             raise ReleaseError(
                 f"{field} weights: found {path}, allowed are .safetensors files only (a pickle can "
                 "run code when it is loaded); convert the file first"
             )
+        check_tensor_files(path)
     return info
 
 
-def _fetch_config(repo_id: str) -> Path | None:
-    """`config.json` of a hub repository; None where it has none.
+def _fetch(repo_id: str, name: str) -> Path | None:
+    """A file of a hub repository; None where it has none of that name.
 
     moshi's own code takes a hub that it can't reach for a repository without `config.json`, and
     that for a Moshi 7B.
     """
     try:
-        return Path(hf_hub_download(repo_id, "config.json"))
+        return Path(hf_hub_download(repo_id, name))
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError:
         return None
+
+
+def _fetch_indexed(repo_id: str, config_path: Path | None) -> Path | None:
+    """The index of a repository whose Moshi comes in several files, all fetched; else None."""
+    config = {} if config_path is None else read_json_object(config_path)
+    index = _fetch(repo_id, str(config.get("moshi_name", MOSHI_NAME)) + INDEX_SUFFIX)
+    if index is not None:
+        for name in names_in_index(index):
+            hf_hub_download(repo_id, name)
+    return index
 
 
 def _override(field: str, value: str | None) -> Path | None:
@@ -141,6 +152,10 @@ def _fill_from_folder(folder: Path, overrides: dict[str, Path | None]) -> dict[s
     for key, target in targets.items():
         if filled[target] is None:
             filled[target] = folder / str(raw.get(key, _FILE_KEYS[key]))
+    weights = filled["moshi_weights"]
+    if weights is not None and not weights.exists():
+        index = weights.with_name(weights.name + INDEX_SUFFIX)
+        filled["moshi_weights"] = index if index.is_file() else weights
     if raw.get("mimi_config_name") is not None:
         filled["mimi_config_path"] = folder / str(raw["mimi_config_name"])
     missing = [str(path) for path in filled.values() if path is not None and not path.is_file()]
@@ -150,14 +165,3 @@ def _fill_from_folder(folder: Path, overrides: dict[str, Path | None]) -> dict[s
     if mimi_config_path is not None:
         read_json_object(mimi_config_path)
     return filled
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises ReleaseError naming the file where it is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ReleaseError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ReleaseError(f"{path}: found a JSON {type(value).__name__}, allowed is an object")
-    return value

@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ttt_dist.layer import initial_value
 from ttt_dist.moshi.build import is_ttt_parameter
+from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.packed import packed_parameters
-from ttt_dist.moshi.release import ReleaseError
+from ttt_dist.moshi.tensor_files import FLOAT_DTYPES, TensorFiles
 from ttt_dist.placement import place_into, shard_slices
 
 # Released files pack the attention weights of all Depformer steps into one tensor, as moshi's own
@@ -29,19 +30,21 @@ _PACKED = (
     (re.compile(r"\.in_projs\.(\d+)\.weight$"), (".in_proj_weight", ".in_proj.weight")),
     (re.compile(r"\.out_projs\.(\d+)\.weight$"), (".out_proj.weight",)),
 )
-_SHOWN = 8  # names listed of each kind of mismatch
 
 
 def load_base_weights(model: nn.Module, path: Path) -> None:
-    """Copy a released `model.safetensors` into all parameters but TTT's, in place.
+    """Copy a release's Moshi weights into all parameters but TTT's, in place.
+
+    Only this rank's slices are read, one parameter at a time.
 
     Args:
         model: materialised (not on meta); parameters plain or DTensors, of any float dtype.
-        path: the `.safetensors` file. Values are cast to each parameter's dtype.
+        path: the `.safetensors` file, or the index of several. Values are cast to each parameter's
+            dtype.
 
     Raises:
-        ReleaseError: the file is damaged, or names are missing, unexpected, or of another shape:
-            all of them in one message, before any value is copied.
+        ReleaseError: a file is damaged, or names are missing, unexpected, or of another shape or
+            dtype: all of them in one message, before any value is copied.
     """
     wanted = {
         name: parameter
@@ -49,36 +52,79 @@ def load_base_weights(model: nn.Module, path: Path) -> None:
         if not is_ttt_parameter(name)
     }
     packed = packed_parameters(model)
-    try:
-        with safe_open(path, framework="pt") as file:
-            sources, unexpected = _match_names(wanted, set(file.keys()))
-            problems = []
-            missing = sorted(set(wanted) - set(sources))
-            for kind, names in (("missing", missing), ("unexpected", sorted(unexpected))):
-                if names:
-                    problems.append(f"{len(names)} {kind}: {_shorten(names)}")
-            shapes = []
-            parts = Counter(key for key, _ in sources.values())
-            for name, (key, part) in sources.items():
-                found = list(file.get_slice(key).get_shape())
-                expected = _stock_shape(name, wanted[name], packed)
-                stacked = expected if part is None else [parts[key] * expected[0], *expected[1:]]
-                if found != stacked:
-                    shapes.append(f"{name}: found {found} in {key}, allowed {stacked}")
-            if shapes:
-                problems.append(f"{len(shapes)} of another shape: {_shorten(shapes)}")
-            if problems:
-                raise ReleaseError(
-                    f"{path} does not fit the model of its config.json: {'; '.join(problems)}"
-                )
-            for name, (key, part) in sources.items():
-                rows = (part or 0) * _stock_shape(name, wanted[name], packed)[0]
-                if name in packed:
-                    _copy_packed(wanted[name], file.get_slice(key))
-                else:
-                    _copy_slice(wanted[name], file.get_slice(key), first_row=rows)
-    except SafetensorError as error:
-        raise ReleaseError(f"{path}: cannot be read as safetensors: {error}") from error
+    with TensorFiles(path) as files:
+        sources, unexpected = _match_names(wanted, files.keys())
+        problems = _mismatches(wanted, packed, sources, unexpected, files)
+        if problems:
+            raise ReleaseError(
+                f"{path} does not fit the model of its config.json: {'; '.join(problems)}"
+            )
+        for name, (key, part) in sources.items():
+            if name in packed:
+                _copy_packed(wanted[name], files.slice(key))
+            else:
+                first_row = (part or 0) * wanted[name].shape[0]
+                _copy_slice(wanted[name], files.slice(key), first_row)
+
+
+def _mismatches(
+    wanted: dict[str, nn.Parameter],
+    packed: set[str],
+    sources: dict[str, tuple[str, int | None]],
+    unexpected: set[str],
+    files: TensorFiles,
+) -> list[str]:
+    """Every name that the model lacks or the files lack, and every other shape and dtype."""
+    parts = Counter(key for key, _ in sources.values())
+    shapes = []
+    for name, (key, part) in sources.items():
+        found, expected = files.shape(key), _stock_shape(name, wanted[name], packed)
+        stacked = expected if part is None else [parts[key] * expected[0], *expected[1:]]
+        if found != stacked:
+            shapes.append(f"{name}: found {found} in {key}, allowed {stacked}")
+    dtypes = [
+        f"{key}: found {files.dtype(key)}, allowed {', '.join(FLOAT_DTYPES)}"
+        for key in sorted(parts)
+        if files.dtype(key) not in FLOAT_DTYPES
+    ]
+    kinds = {
+        "missing": collapse_numbers(set(wanted) - set(sources)),
+        "unexpected": collapse_numbers(unexpected),
+        "of another shape": shapes,
+        "of another dtype": dtypes,
+    }
+    counts = {"missing": len(wanted) - len(sources), "unexpected": len(unexpected)}
+    return [
+        f"{counts.get(kind, len(names))} {kind}: {', '.join(names)}"
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+def collapse_numbers(names: Iterable[str]) -> list[str]:
+    """All names, sorted; those that differ in one number stand together, `layers.{0-3,7}.norm`."""
+    groups: dict[tuple[str, ...], set[int]] = {}
+    single: list[str] = []
+    for name in names:
+        pieces = re.split(r"(\d+)", name)
+        if len(pieces) == 1:
+            single.append(name)
+        else:  # the first number is that of the layer
+            groups.setdefault((pieces[0], "".join(pieces[2:])), set()).add(int(pieces[1]))
+    return sorted(single + [f"{a}{_ranges(numbers)}{b}" for (a, b), numbers in groups.items()])
+
+
+def _ranges(numbers: set[int]) -> str:
+    """`7`, or `{0-3,7}`."""
+    if len(numbers) == 1:
+        return str(*numbers)
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) + "}"
 
 
 def init_ttt_weights(model: nn.Module, seed: int) -> int:
@@ -167,8 +213,3 @@ def _copy_packed(parameter: nn.Parameter, source: Any) -> None:
     values = [source[first + rows.start : first + rows.stop, inputs] for first in firsts]
     if values:  # FSDP leaves a rank without any where it has to cut the parts
         fill_own(parameter, torch.stack(values))
-
-
-def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
