@@ -13,6 +13,7 @@ from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from tqdm import tqdm
 
 from launch.config import TrainConfig
+from launch.parameter_table import parameter_table
 from launch.preflight import build_ttt_config
 from launch.prepare import open_cache, read_splits
 from launch.run_folder import RunFolder
@@ -28,7 +29,6 @@ from ttt_dist.moshi.build import (
     TTTPlacement,
     build_model,
     freeze_base,
-    is_ttt_parameter,
     lm_settings,
     select_layers,
 )
@@ -101,10 +101,7 @@ def make_model(
     layers = placement.layers if placement is not None else ()
     check_attention_contexts(contexts, ttt_layers=layers, **attention_windows(config))
     say(f"attention context: {describe_attention_contexts(contexts)}")
-    for kind, is_kind in (("TTT", True), ("Moshi", False)):
-        members = [p for n, p in model.named_parameters() if is_ttt_parameter(n) is is_kind]
-        trained = sum(p.numel() for p in members if p.requires_grad)
-        say(f"{kind} parameters: {sum(p.numel() for p in members):,}, trained: {trained:,}")
+    say("\n".join(parameter_table(model)))
     if config.ttt.enable and initialised == 0:
         raise RuntimeError("TTT is enabled, but no TTT parameter was initialised")
     say(f"compute in {str(compute).removeprefix('torch.')}, master weights in {str(master)[6:]}")

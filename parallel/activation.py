@@ -39,9 +39,10 @@ def checkpoint_layers(model: TTTMoshi, recompute: Recompute) -> int:
 and states at group borders |
     | `selective` | also what attention gives and every second matrix product |
 
-    The scan is never run again as a whole: its operator keeps what its own backward starts from
-    (`ttt_dist.ops.SAVED_OPS`), which computes each group of mini-batches once more. So in every
-    mode a step computes the scan's forward twice.
+    The scan of one or two inner layers is never run again as a whole: its operator keeps what its
+    own backward starts from (`ttt_dist.ops.SAVED_OPS`), which computes each group of mini-batches
+    once more. So in every mode a step computes the scan's forward twice; that of deeper inner MLPs,
+    which run by autograd, three times where a layer is recomputed.
     """
     if recompute == "none":
         return 0

@@ -1,0 +1,40 @@
+"""The table of what trains adds up to the model."""
+
+import re
+
+import torch
+
+from launch.parameter_table import parameter_table
+from tests.distributed.tiny import LM_CONFIG, ttt_placement
+from ttt_dist.moshi.build import build_model, freeze_base, is_ttt_parameter
+
+
+def rows_of(lines: list[str]) -> dict[str, list[int]]:
+    rows = (re.match(r"(\S.*?)  +([\d, ]+)$", line) for line in lines[2:])
+    return {row[1]: [int(n.replace(",", "")) for n in row[2].split()] for row in rows if row}
+
+
+def test_counts_and_bytes_are_the_models():
+    model = build_model(LM_CONFIG, ttt_placement(), device="cpu")
+    rows = rows_of(parameter_table(model))
+    total = sum(p.numel() for p in model.parameters())
+    ttt = sum(p.numel() for n, p in model.named_parameters() if is_ttt_parameter(n))
+    assert rows["TTT layers"] == [ttt, ttt, 4 * ttt, 4 * ttt, 8 * ttt]
+    assert rows["all"] == [total, total, 4 * total, 4 * total, 8 * total]
+    parts = [row for name, row in rows.items() if name != "all"]
+    assert len(parts) == 4
+    assert [sum(column) for column in zip(*parts)] == rows["all"]
+
+
+def test_a_frozen_base_has_weights_alone():
+    model = build_model(LM_CONFIG, ttt_placement(), device="cpu")
+    freeze_base(model, torch.bfloat16)
+    rows = rows_of(parameter_table(model))
+    for name in ("transformer", "Depformer", "embeddings, heads"):
+        parameters, trained, weights, gradients, moments = rows[name]
+        assert (trained, gradients, moments) == (0, 0, 0)
+        assert weights == 2 * parameters > 0
+
+
+def test_parts_that_are_not_there_are_left_out():
+    assert "TTT layers" not in rows_of(parameter_table(build_model(LM_CONFIG, None, device="cpu")))
