@@ -125,20 +125,6 @@ def test_frozen_base_is_kept_in_its_own_dtype():
         assert value.requires_grad is is_ttt_parameter(name), name
 
 
-def test_streaming_with_ttt_is_refused_and_leaves_the_model_usable():
-    model = hybrid_model(ttt_placement()).eval()
-    codes = random_codes(1, 9)
-    with torch.no_grad():
-        expected = model(codes)
-        with pytest.raises(RuntimeError, match="streaming inference of layers with TTT"):
-            model.streaming(1)
-        # A half-started stream would send the next forward through ring caches.
-        assert not any(getattr(m, "is_streaming", False) for m in model.modules())
-        assert same_logits(model(codes), expected)
-        with pytest.raises(RuntimeError, match="streaming inference of layers with TTT"):
-            LMGen(model).streaming(1)
-
-
 def test_without_ttt_streaming_gives_what_one_forward_gives():
     """1e-5: another order of float32 sums; Moshi's ring cache alone was measured at 3e-6."""
     model = set_windows(hybrid_model(None)).eval()

@@ -18,13 +18,15 @@ from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.frames import AllFrames, FrameSharing
 from ttt_dist.moshi.loss import masked_cross_entropy
 from ttt_dist.moshi.packed import pack_attention, pack_gating
+from ttt_dist.moshi.streaming import (
+    SkippedTTTState,
+    TTTLayerState,
+    check_causal,
+    check_one_frame,
+    read_frame,
+)
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-_NO_STREAMING = (
-    "streaming inference of layers with TTT is not built yet: Moshi's streaming API would forget "
-    "the TTT state between steps"
-)
 
 
 class ShardableLayout:
@@ -68,7 +70,9 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
 
     Without TTT (`ttt` is None) it computes what Moshi's layer computes, and so it serves as the
     layer class of the whole model. `skip_ttt` leaves the block out, for comparisons
-    (`build.without_ttt`); otherwise every call starts from TTT's learned initial weights.
+    (`build.without_ttt`). A call starts from TTT's learned initial weights, a step of a stream
+    (Moshi's streaming API) from where the last one ended; a stream keeps the `skip_ttt` that it
+    began with.
 
     The packed weights of self-attention and gated feed-forward are kept in a shape that tensor
     parallelism can cut (`packed.py`); `splittable` tells whether all of the layer's are. Layers
@@ -84,9 +88,11 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
         self.splittable = all(packed) and self.cross_attention is None
 
     def add_ttt(self, block: TTTBlock) -> None:
-        """Put `block` between attention and feed-forward (before any streaming call)."""
+        """Put `block` between attention and feed-forward."""
         if self.ttt is not None:
             raise ValueError("this layer has a TTT block already")
+        if self.is_streaming:
+            raise RuntimeError("this layer is streaming; add TTT before or after")
         self.ttt = block
 
     def wrap_parts(self, backbone: Wrapper, ttt: Wrapper) -> None:
@@ -104,19 +110,26 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
         self._gate_and_feed = backbone(self._gate_and_feed)  # type: ignore[method-assign]
 
     def _init_streaming_state(self, batch_size: int) -> Any:
-        if self.ttt is not None:
-            raise RuntimeError(_NO_STREAMING)
-        return super()._init_streaming_state(batch_size)
+        state = super()._init_streaming_state(batch_size)
+        if self.ttt is None:
+            return state
+        if self.skip_ttt:
+            return SkippedTTTState(batch_size, state.device)
+        return TTTLayerState.start(self.ttt.layer, batch_size, state.device)
 
     def forward(self, x: Tensor, cross_attention_src: Tensor | None = None) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`."""
+        state = self._streaming_state
+        check_one_frame(state, x.shape[1])
         if self.ttt is None:
             x = self._whole(x, cross_attention_src)
         else:
             x = self._attend(x, cross_attention_src)
-            y = None if self.skip_ttt else self.ttt.layer(x)[0]
+            if state is not None:
+                y = read_frame(self.ttt.layer, x, state)
+            else:
+                y = None if self.skip_ttt else self.ttt.layer(x)[0]
             x = self._gate_and_feed(x, y)
-        state = self._streaming_state
         if state is not None:
             state.offset_cpu += x.shape[1]
         return x
@@ -185,10 +198,17 @@ class TTTMoshi(ShardableLayout, LMModel):
         valid = predicted & (codes[:, rows] != self.zero_token_id)
         return torch.where(valid, losses, torch.zeros_like(losses))
 
+    def forward_text(self, sequence: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Moshi's, with a check ahead of the first layer's step: `[B, K, S]`, S = 1 in streams."""
+        for layer in self.transformer.layers:
+            check_one_frame(layer._streaming_state, sequence.shape[2])
+        return super().forward_text(sequence, *args, **kwargs)
+
     def _start_streaming(self, batch_size: int, exit_stack: ExitStack) -> None:
         # Before any module has a streaming state: Moshi would leave those that come first in it.
-        if any(isinstance(module, TTTBlock) for module in self.modules()):
-            raise RuntimeError(_NO_STREAMING)
+        for layer in self.transformer.layers:
+            if layer.ttt is not None and not layer.skip_ttt:
+                check_causal(layer.ttt.layer.config)
         super()._start_streaming(batch_size, exit_stack)
 
 

@@ -177,8 +177,16 @@ def freeze_base(model: TTTMoshi, dtype: torch.dtype) -> None:
 
 @contextmanager
 def without_ttt(model: LMModel) -> Iterator[None]:
-    """Inside, TTT blocks pass their input on, which is what a gate of α = 0 does."""
+    """Inside, TTT blocks pass their input on, which is what a gate of α = 0 does.
+
+    Streams that begin inside stay without TTT until they end.
+
+    Raises:
+        RuntimeError: the model is streaming: steps may be recorded, and replay what they did.
+    """
     layers = [layer for layer in transformer_layers(model) if layer.ttt is not None]
+    if any(layer.is_streaming for layer in layers):
+        raise RuntimeError("the model is streaming; enter without_ttt before the stream begins")
     for layer in layers:
         layer.skip_ttt = True
     try:
