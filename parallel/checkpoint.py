@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,34 @@ def load_checkpoint(
         ):
             group["lr"] = lr
     _restore_random_states(random_states)
+    return progress
+
+
+def load_weights(path: Path, model: nn.Module) -> Progress:
+    """Put a checkpoint's weights alone into a whole model, in one process without a process group.
+
+    Args:
+        path: saved on any number of ranks.
+        model: built and materialised; values are cast to its parameters' dtypes.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or tensors do not fit the model.
+    """
+    progress = read_progress(path)
+    tensors = _model_tensors(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+            saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            unknown = {name for name in saved if name.startswith("model.")} - set(tensors)
+            if unknown:
+                raise CheckpointError(f"{path}: the model has no {', '.join(sorted(unknown))}")
+            dcp.load(tensors, checkpoint_id=str(path), no_dist=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except dcp.CheckpointException as error:
+        causes = "; ".join(str(cause) for cause, _ in error.failures.values())
+        raise CheckpointError(f"{path}: cannot be loaded into this model: {causes}") from error
     return progress
 
 
