@@ -23,14 +23,22 @@ from torch import Tensor, nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
+from parallel.checkpoint_files import CheckpointReader
+from parallel.checkpoint_metadata import CheckpointError
 from parallel.mesh import from_first_rank
+
+__all__ = [
+    "CheckpointError",
+    "Progress",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_weights",
+    "read_progress",
+    "save_checkpoint",
+]
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})$")
 _PROGRESS_FILE = "progress.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the folder and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def load_checkpoint(
     # What is loaded is written into these very tensors: the parameters and Adam's moments.
     tensors = model_tensors | optimizer_tensors | random_states
     try:
-        dcp.load(tensors, checkpoint_id=str(path))
+        dcp.load(tensors, storage_reader=CheckpointReader(path))
     except dcp.CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
         raise CheckpointError(f"{path}: cannot be loaded into this model: {causes}") from error
@@ -158,13 +166,12 @@ def load_weights(path: Path, model: nn.Module) -> Progress:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-            saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            reader = CheckpointReader(path)
+            saved = reader.read_metadata().state_dict_metadata
             unknown = {name for name in saved if name.startswith("model.")} - set(tensors)
             if unknown:
                 raise CheckpointError(f"{path}: the model has no {', '.join(sorted(unknown))}")
-            dcp.load(tensors, checkpoint_id=str(path), no_dist=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except dcp.CheckpointException as error:
         causes = "; ".join(str(cause) for cause, _ in error.failures.values())
         raise CheckpointError(f"{path}: cannot be loaded into this model: {causes}") from error

@@ -153,7 +153,22 @@ def test_the_search_for_pickles_finds_them():
     assert sorted(pickle_readers(code, "launch")) == sorted(expected)
 
 
+RESTRICTED = ROOT / "parallel" / "checkpoint_metadata.py"
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_nothing_unpickles(layer):
     for path in (p for p in SOURCES if p.relative_to(ROOT).parts[0] == layer):
-        assert not pickle_readers(*parse(path)), path.relative_to(ROOT)
+        expected = ["pickle"] if path == RESTRICTED else []
+        assert pickle_readers(*parse(path)) == expected, path.relative_to(ROOT)
+
+
+def test_the_one_unpickler_chooses_what_it_looks_up():
+    """DCP's metadata is a pickle; tests/unit/test_checkpoint_files.py plants code into one."""
+    tree, _ = parse(RESTRICTED)
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names = {a.attr for a in attributes if ast.unparse(a.value) == "pickle"}
+    assert names == {"Unpickler", "UnpicklingError"}
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    (unpickler,) = [c for c in classes if [ast.unparse(b) for b in c.bases] == ["pickle.Unpickler"]]
+    assert "find_class" in {n.name for n in unpickler.body if isinstance(n, ast.FunctionDef)}

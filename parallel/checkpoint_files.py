@@ -1,0 +1,113 @@
+"""Reading a sharded checkpoint's files: what its metadata may hold, and tensors one at a time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from parallel.checkpoint_metadata import CheckpointError, read_metadata
+
+
+class CheckpointReader(dcp.FileSystemReader):
+    """DCP's reader, whose metadata can run no code and tells of tensors alone.
+
+    DCP unpickles `.metadata` as it is, and entries that are no tensors with it. Here
+    `checkpoint_metadata.py` reads it, and such entries are refused; tensors are read with
+    `weights_only=True` by DCP itself. The metadata is read once, however often tensors are loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._folder = path
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """The checkpoint's `Metadata`, checked against its files.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or names anything else, an entry is no
+                tensor or incomplete, or a file of tensors is missing or too short.
+        """
+        if self._metadata is None:
+            metadata = read_metadata(self._folder / ".metadata")
+            problems = _problems(self._folder, metadata)
+            if problems:
+                raise CheckpointError(f"{self._folder}: is damaged: {'; '.join(problems)}")
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            self._metadata = metadata
+        return self._metadata
+
+
+class SavedTensors:
+    """A checkpoint's tensors, whole, one at a time; one process, no process group.
+
+    Args:
+        path: a folder `step-NNNNNN`, saved on any layout.
+
+    Raises:
+        CheckpointError: as `CheckpointReader.read_metadata`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader = CheckpointReader(path)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._entries = {n: e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by name."""
+        return {name: tuple(entry.size) for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in the saved dtype.
+
+        Beside the tensor itself this takes as much memory as the largest part that a rank saved.
+
+        Raises:
+            CheckpointError: its bytes cannot be read.
+        """
+        entry = self._entries[name]
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+                dcp.load(tensors, storage_reader=self._reader, planner=planner, no_dist=True)
+        except dcp.CheckpointException as error:
+            causes = "; ".join(str(cause) for cause, _ in error.failures.values())
+            raise CheckpointError(f"{self._path}: {name} cannot be read: {causes}") from error
+        return tensors[name]
+
+
+def _problems(folder: Path, metadata: Metadata) -> list[str]:
+    """What the metadata tells of and the folder doesn't hold."""
+    problems = []
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            problems.append(f"{name} is no tensor")
+        elif sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            problems.append(f"the parts of {name} don't make {list(entry.size)}")
+    ends: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        end = part.offset + part.length
+        ends[part.relative_path] = max(end, ends.get(part.relative_path, 0))
+    for file_name, end in sorted(ends.items()):
+        file = folder / file_name
+        if file.parent != folder:
+            problems.append(f"{file_name} lies in another folder")
+        elif not file.is_file():
+            problems.append(f"{file_name} is missing")
+        elif file.stat().st_size < end:
+            problems.append(
+                f"{file_name} has {file.stat().st_size:,} bytes, its tensors end at {end:,}"
+            )
+    return problems
