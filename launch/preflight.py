@@ -25,7 +25,8 @@ from ttt_dist.config import TTTConfig
 from ttt_dist.data.manifest import DataError, read_sources
 from ttt_dist.moshi.build import lm_config_problems, select_layers
 from ttt_dist.moshi.errors import ReleaseError
-from ttt_dist.moshi.release import open_release
+from ttt_dist.moshi.release import open_release, released_ttt
+from ttt_dist.moshi.released_ttt import describe_ttt, ttt_differences
 
 FRAMES_PER_SECOND = 12.5
 NEEDED_OF_MODEL = ("dim", "num_heads", "num_layers")
@@ -123,6 +124,24 @@ def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTCo
         causal=section.causal,
         inner_eps=section.inner_eps,
         checkpoint_group_size=section.checkpoint_group_size,
+    )
+
+
+def ttt_section(config: TrainConfig, lm_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `config.json` says of the configured TTT layers in an export; None where there are none.
+
+    Raises:
+        ValueError: the configuration doesn't fit a model with `lm_config`.
+    """
+    layers = select_layers(config.ttt.layers, lm_config["num_layers"]) if config.ttt.enable else ()
+    if not layers:
+        return None
+    window = lm_config.get("context")  # of layers whose own isn't set
+    return describe_ttt(
+        build_ttt_config(config.ttt, lm_config),
+        layers,
+        ttt_context=config.ttt.ttt_layer_context or window,
+        other_context=config.ttt.non_ttt_layer_context or window,
     )
 
 
@@ -369,7 +388,10 @@ def check_start(
             problems.append(str(error))
         else:
             lm_config = release.lm_config or MOSHI_7B_LM_CONFIG
-            problems += _model_problems(config, lm_config, reading.bad_keys)
+            found = _model_problems(config, lm_config, reading.bad_keys)
+            if not found and not any(key.startswith("ttt") for key in reading.bad_keys):
+                found = ttt_differences(released_ttt(release), ttt_section(config, lm_config))
+            problems += found
     if problems or release is None:
         raise UserError(problems)
     if config.resume:

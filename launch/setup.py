@@ -92,8 +92,8 @@ def make_model(
     master, compute = model_dtypes(config, device)
     model = lay_out_model(config, release.lm_config, mesh, compute)
     model.to_empty(device=device)
-    load_base_weights(model, Path(release.moshi_weights))
-    initialised = init_ttt_weights(model, config.seed)
+    loaded = load_base_weights(model, Path(release.moshi_weights))
+    initialised = init_ttt_weights(model, config.seed, loaded)
     model.train()
 
     contexts = read_attention_contexts(model)
@@ -102,8 +102,10 @@ def make_model(
     check_attention_contexts(contexts, ttt_layers=layers, **attention_windows(config))
     say(f"attention context: {describe_attention_contexts(contexts)}")
     say("\n".join(parameter_table(model)))
-    if config.ttt.enable and initialised == 0:
-        raise RuntimeError("TTT is enabled, but no TTT parameter was initialised")
+    if loaded:
+        say(f"TTT weights: {len(loaded)} tensors from {release.moshi_weights}")
+    if config.ttt.enable and initialised == 0 and not loaded:
+        raise RuntimeError("TTT is enabled, but no TTT parameter was initialised or loaded")
     say(f"compute in {str(compute).removeprefix('torch.')}, master weights in {str(master)[6:]}")
     return model
 

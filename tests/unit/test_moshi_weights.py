@@ -99,9 +99,7 @@ def test_long_lists_are_told_whole_layer_by_layer(release_file):
     assert f"{len(removed)} missing: " in message
     parts = {name.split(".", 3)[3] for name in removed}
     for part in parts:
-        part = re.sub(
-            r"(in|out)_proj[._]weight", r"\1_projs.0.weight", part
-        )
+        part = re.sub(r"(in|out)_proj[._]weight", r"\1_projs.0.weight", part)
         assert f"transformer.layers.{{0-1,3}}.{part}" in message
 
 
@@ -240,3 +238,42 @@ def test_initial_values_are_those_of_the_specification(inner_model):
     assert all(torch.all(found[name] == 1) for name in one)
     assert torch.all(found["alpha"] == 0.05)
     assert found["layer.W1"].shape == ((4, 64, 256) if inner_model == "mlp" else (4, 64, 64))
+
+
+def save_with_ttt(path: Path) -> TTTMoshi:
+    """A release file whose TTT tensors are all its own; returns the model."""
+    trained = build_model(LM_CONFIG, ttt_placement(), device="cpu")
+    load_base_weights(trained, path)
+    init_ttt_weights(trained, 7)
+    save_file({n: t.clone() for n, t in stock_state_dict(trained).items()}, path)
+    return trained
+
+
+def test_ttt_tensors_of_a_release_are_loaded_and_not_initialised(release_file):
+    trained = save_with_ttt(release_file)
+    model = blank_model(ttt_placement())
+    loaded = load_base_weights(model, release_file)
+    assert loaded == {name for name, _ in model.named_parameters() if is_ttt_parameter(name)}
+    assert init_ttt_weights(model, 0, loaded) == 0
+    for name, value in model.named_parameters():
+        assert torch.equal(value, trained.get_parameter(name)), name
+
+
+def test_ttt_tensors_come_all_together_or_not_at_all(release_file):
+    assert load_base_weights(blank_model(ttt_placement()), release_file) == set()
+    save_with_ttt(release_file)
+    tensors = load_file(release_file)
+    del tensors["transformer.layers.1.ttt.alpha"]
+    save_file(tensors, release_file)
+    model = blank_model(ttt_placement())
+    with pytest.raises(ReleaseError, match=r"1 missing: transformer\.layers\.1\.ttt\.alpha"):
+        load_base_weights(model, release_file)
+    assert is_blank(model)
+
+
+def test_ttt_tensors_that_the_model_has_no_place_for_are_refused_by_name(release_file):
+    save_with_ttt(release_file)
+    model = blank_model()
+    with pytest.raises(ReleaseError, match=r"38 unexpected: transformer\.layers\.\{1-2\}\.ttt\.al"):
+        load_base_weights(model, release_file)
+    assert is_blank(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -18,8 +19,16 @@ from moshi.models.loaders import (
     CheckpointInfo,
 )
 
+from ttt_dist.moshi.build import is_ttt_parameter
 from ttt_dist.moshi.errors import ReleaseError, read_json_object
-from ttt_dist.moshi.tensor_files import INDEX_SUFFIX, check_tensor_files, is_index, names_in_index
+from ttt_dist.moshi.released_ttt import SECTION
+from ttt_dist.moshi.tensor_files import (
+    INDEX_SUFFIX,
+    TensorFiles,
+    check_tensor_files,
+    is_index,
+    names_in_index,
+)
 
 # Configuration keys that name a file of the release, and what moshi falls back to.
 _FILE_KEYS = {
@@ -47,11 +56,13 @@ def open_release(
             several files (`model.safetensors.index.json`), in a release too.
 
     Returns:
-        moshi's `CheckpointInfo`: paths, `lm_config`, `mimi_config`, and its loaders.
+        moshi's `CheckpointInfo`: paths, `lm_config`, `mimi_config`, and its loaders. A folder that
+        `launch/export.py` wrote is a release too; `released_ttt` gives what it says of TTT.
 
     Raises:
         ReleaseError: the folder or repository lacks a file, the configuration is no JSON object,
-            or a weight file is no sound `.safetensors` (pickles are never read).
+            a weight file is no sound `.safetensors` (pickles are never read), or TTT's tensors and
+            their section in `config.json` come without each other.
     """
     overrides = {
         "moshi_weights": _override("moshi_paths.moshi_path", moshi_path),
@@ -97,7 +108,35 @@ def open_release(
                 "run code when it is loaded); convert the file first"
             )
         check_tensor_files(path)
+    _check_ttt(info)
     return info
+
+
+def released_ttt(info: CheckpointInfo) -> Any:
+    """The `ttt` section of a release's `config.json` (`released_ttt.py`); None where it has none.
+
+    `info.lm_config` leaves it out: Moshi's language model has no such setting.
+    """
+    return None if info.raw_config is None else info.raw_config.get(SECTION)
+
+
+def _check_ttt(info: CheckpointInfo) -> None:
+    """Take the `ttt` section out of `info.lm_config`; it and TTT's tensors come together."""
+    section = released_ttt(info)
+    if info.lm_config is not None:
+        info.lm_config.pop(SECTION, None)
+    with TensorFiles(info.moshi_weights) as files:
+        has_tensors = any(map(is_ttt_parameter, files.keys()))
+    if has_tensors and section is None:
+        raise ReleaseError(
+            f"{info.moshi_weights}: has tensors of TTT layers, but config.json has no section ttt, "
+            "which says what they compute; use the config.json that was exported with them"
+        )
+    if section is not None and not has_tensors:
+        raise ReleaseError(
+            f"config.json: its section ttt tells of TTT layers, but {info.moshi_weights} has no "
+            "tensors of theirs; use the weights that were exported with it"
+        )
 
 
 def _fetch(repo_id: str, name: str) -> Path | None:

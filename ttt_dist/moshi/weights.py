@@ -1,4 +1,4 @@
-"""Filling a (possibly sharded) model: Moshi's released weights and TTT's initial values.
+"""Filling a (possibly sharded) model: released weights, and TTT's initial values where it has none.
 
 Each rank fills its own part of every parameter and nothing else: released tensors are read slice by
 slice from the mapped file, initial values are drawn from a generator that depends on the seed and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ _PACKED = (
 )
 
 
-def load_base_weights(model: nn.Module, path: Path) -> None:
-    """Copy a release's Moshi weights into all parameters but TTT's, in place.
+def load_base_weights(model: nn.Module, path: Path) -> set[str]:
+    """Copy a release's weights into the parameters, in place: Moshi's, and TTT's where it has any.
 
     Only this rank's slices are read, one parameter at a time.
 
@@ -42,17 +42,22 @@ def load_base_weights(model: nn.Module, path: Path) -> None:
         path: the `.safetensors` file, or the index of several. Values are cast to each parameter's
             dtype.
 
+    Returns:
+        Names of the TTT parameters that the release held: all of the model's, or none; those are
+        for `init_ttt_weights` to fill.
+
     Raises:
         ReleaseError: a file is damaged, or names are missing, unexpected, or of another shape or
-            dtype: all of them in one message, before any value is copied.
+            dtype: all of them in one message, before any value is copied. TTT parameters alone may
+            be missing, and only all together.
     """
-    wanted = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if not is_ttt_parameter(name)
-    }
+    wanted = dict(model.named_parameters())
+    ttt = {name for name in wanted if is_ttt_parameter(name)}
     packed = packed_parameters(model)
     with TensorFiles(path) as files:
+        if not any(map(is_ttt_parameter, files.keys())):
+            wanted = {name: value for name, value in wanted.items() if name not in ttt}
+            ttt = set()
         sources, unexpected = _match_names(wanted, files.keys())
         problems = _mismatches(wanted, packed, sources, unexpected, files)
         if problems:
@@ -65,6 +70,7 @@ def load_base_weights(model: nn.Module, path: Path) -> None:
             else:
                 first_row = (part or 0) * wanted[name].shape[0]
                 _copy_slice(wanted[name], files.slice(key), first_row)
+    return ttt
 
 
 def _mismatches(
@@ -127,8 +133,11 @@ def _ranges(numbers: set[int]) -> str:
     return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) + "}"
 
 
-def init_ttt_weights(model: nn.Module, seed: int) -> int:
+def init_ttt_weights(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> int:
     """Give every TTT parameter its initial value, the same on every layout.
+
+    Args:
+        loaded: names of those that have their values from the release (`load_base_weights`).
 
     Returns:
         The number of parameters' elements initialised.
@@ -141,7 +150,7 @@ def init_ttt_weights(model: nn.Module, seed: int) -> int:
     }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not is_ttt_parameter(name):
+            if not is_ttt_parameter(name) or name in loaded:
                 continue
             full = torch.empty(parameter.shape, dtype=torch.float32)
             if name in alphas:
