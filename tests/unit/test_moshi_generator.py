@@ -7,6 +7,7 @@ from moshi.modules.transformer import set_attention_context
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.distributed.tiny import stock_model, ttt_placement
 from tests.unit.moshi_cases import clean_codes, hybrid_model, set_windows
@@ -103,19 +104,23 @@ def test_closed_gate_gives_stock_moshis_tokens():
 
 
 class Operators(TorchDispatchMode):
-    """Every operator with the shapes that it is given, and how many read a value on the host."""
+    """Every operator with the shapes that it is given, how many read a value on the host, and the
+    devices of all tensors that go in or come out."""
 
     HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
     def __init__(self):
         super().__init__()
-        self.calls, self.host_reads = [], 0
+        self.calls, self.host_reads, self.devices = [], 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         shapes = [list(a.shape) if torch.is_tensor(a) else None for a in args]
         self.calls.append((str(func), shapes))
         self.host_reads += func in self.HOST_READS
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t)]
+        self.devices |= {t.device.type for t in tensors}
+        return out
 
 
 @pytest.mark.parametrize("inner", ["mlp", "linear", "deep"])
@@ -137,6 +142,24 @@ def test_all_steps_are_the_same_operators_and_none_reads_a_value_on_the_host(inn
             first = first or operators.calls
             assert operators.calls == first, t
     assert len(first) > 100
+
+
+@pytest.mark.parametrize("inner", ["mlp", "linear", "deep"])
+@torch.no_grad()
+def test_a_step_makes_no_tensor_on_the_host(inner):
+    """A graph can't record copies from the host. The meta device stands for any but the CPU."""
+    model = ready(inner).to("meta")
+    codes = torch.zeros(2, 17, 1, dtype=torch.int64, device="meta")
+    mask = torch.ones(2, dtype=torch.bool, device="meta")
+    with model.streaming(2), Operators() as operators:
+        model.forward_text(codes)
+        model.reset_streaming(mask)
+        model.set_exec_mask(mask)
+    assert operators.devices == {"meta"}
+    # Scalars among tensors are told apart from tensors only where they become some.
+    names = {name for name, _ in operators.calls}
+    assert "aten.where.self" in names
+    assert "aten.where.ScalarSelf" not in names
 
 
 @pytest.mark.parametrize("inner", ["mlp", "linear", "deep"])
