@@ -18,12 +18,15 @@ def compile_layers(model: TTTMoshi) -> int:
     A graph break is an error, not a silent return to eager execution. Layers of one kind share
     their compiled code; the scan stays one operator in it. A TTT layer whose inner MLP has three
     layers or more stays eager: its scan is a Python loop over all mini-batches, which a compiler
-    would unroll.
+    would unroll. In all others the scan's own elementwise code is compiled too.
     """
     layers = transformer_layers(model) + depformer_layers(model)
     for layer in layers:
         compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-        layer.wrap_parts(backbone=compiled, ttt=_eager if _is_deep(layer) else compiled)
+        deep = _is_deep(layer)
+        layer.wrap_parts(backbone=compiled, ttt=_eager if deep else compiled)
+        if layer.ttt is not None:
+            layer.ttt.layer.compiled = not deep
     return len(layers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +48,8 @@ class TTTLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        # Whether the scan's own elementwise code runs compiled; `parallel.compilation` decides.
+        self.compiled = False
         D, H, d = config.model_dim, config.num_heads, config.head_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
@@ -124,8 +127,7 @@ class TTTLayer(nn.Module):
         if frame_mask is not None:
             eta = eta * frame_mask[:, None, :]
 
-        scan = ttt_mlp if self.config.inner_model == "mlp" else ttt_linear
-        out, state = scan(
+        out, state = self.scan_op()(
             q.to(x.dtype),
             k.to(x.dtype),
             v.to(x.dtype),
@@ -137,6 +139,7 @@ class TTTLayer(nn.Module):
             causal=self.config.causal,
             inner_eps=self.config.inner_eps,
             checkpoint_group_size=self.config.checkpoint_group_size,
+            compiled=self.compiled,
         )
         out = out.transpose(1, 2).flatten(2)  # [B, L, own H * d]
         out = self.post_norm(out).to(x.dtype)
@@ -144,6 +147,10 @@ class TTTLayer(nn.Module):
         y = sum_shards(y, like=self.wo.weight)
         # Added once, after the reduction: each rank's own copy would count it `tp` times.
         return y + to_local(self.wo.bias, grad_placements=REPLICATED).to(x.dtype), state
+
+    def scan_op(self) -> Callable[..., tuple[Tensor, InnerState]]:
+        """The inner loop that `forward` runs; another one may have the same arguments."""
+        return ttt_mlp if self.config.inner_model == "mlp" else ttt_linear
 
     def _own_heads(self, parameter: Tensor) -> Tensor:
         return to_local(parameter, grad_placements=BY_HEAD)

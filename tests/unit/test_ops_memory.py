@@ -22,11 +22,11 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (scan_op.SCAN, scan_op.SCAN_BACKWARD):
             self.scans += 1
-            inputs = scan_op._inputs(args[:13])
+            inputs = scan_op._inputs(args[:14])
             with self, torch.no_grad():
                 if func == scan_op.SCAN:
                     return grouped_scan.scan_forward(inputs)
-                return grouped_scan.scan_backward(inputs, *args[13:])
+                return grouped_scan.scan_backward(inputs, *args[14:])
         out = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.host_reads += 1

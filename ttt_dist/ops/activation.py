@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from ttt_dist.ops.pointwise import Compiled
+
 _LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
 
@@ -56,10 +58,58 @@ class Gelu:
         rest = torch.addcmul(value, value, sigmoid, value=-1.0, out=self._buffer(1, x))
         sigmoid.addcmul_(rest, self._slope_(scale))
 
-    def second_derivative_(self, x: Tensor) -> Tensor:
-        """`gelu''(x) = p (4 y' - 2 y'(0) + (1 - 2 s) x y'²)`, `p = s (1 - s)`, in place of x."""
+    def curvature(self, x: Tensor, factor: Tensor) -> None:
+        """Multiply `factor` by `gelu''(x) = p (4 y' - 2 y'(0) + (1 - 2 s) x y'²)`,
+        `p = s (1 - s)`; x is overwritten."""
         sigmoid, scale = self._sigmoid_and_scale(x, self._buffer(1, x))
         slope = self._slope_(scale)
         p = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0, out=self._buffer(2, x))
         x.mul_(slope).mul_(slope).mul_(sigmoid.mul_(-2.0).add_(1.0))
-        return x.add_(slope, alpha=4.0).sub_(2.0 * _LINEAR).mul_(p)
+        factor.mul_(x.add_(slope, alpha=4.0).sub_(2.0 * _LINEAR).mul_(p))
+
+
+class CompiledGelu(Gelu):
+    """`Gelu` in one pass over memory for arguments of `shape` and `[n, *shape]`.
+
+    Its second derivative stays as it is written, which is no slower.
+    """
+
+    def __init__(self, n: int, shape: tuple[int, ...], like: Tensor):
+        super().__init__(n, shape, like)
+        self._n = n
+        # By number of dims.
+        self._value = {ndim: Compiled(_value) for ndim in (3, 4)}
+        self._both = {ndim: Compiled(_value_and_derivative) for ndim in (3, 4)}
+
+    def _fits(self, x: Tensor) -> bool:
+        # Each further shape would be compiled anew.
+        return x.ndim == self._ndim or x.shape[0] == self._n
+
+    def value(self, x: Tensor, out: Tensor) -> None:
+        if self._fits(x):
+            self._value[x.ndim](x, out)
+        else:
+            super().value(x, out)
+
+    def value_and_derivative(self, x: Tensor, value: Tensor, derivative: Tensor) -> None:
+        if self._fits(x):
+            self._both[x.ndim](x, value, derivative)
+        else:
+            super().value_and_derivative(x, value, derivative)
+
+
+def gelu(compiled: bool, n: int, shape: tuple[int, ...], like: Tensor) -> Gelu:
+    """As it is written, or compiled; arguments as of `Gelu`."""
+    return (CompiledGelu if compiled else Gelu)(n, shape, like)
+
+
+def _value(x: Tensor, out: Tensor) -> None:
+    out.copy_(x * torch.sigmoid((_LINEAR + _CUBIC * x * x) * x))
+
+
+def _value_and_derivative(x: Tensor, value: Tensor, derivative: Tensor) -> None:
+    scale = _LINEAR + _CUBIC * x * x
+    sigmoid = torch.sigmoid(scale * x)
+    gelu = x * sigmoid
+    value.copy_(gelu)
+    derivative.copy_(sigmoid + (gelu - gelu * sigmoid) * (3.0 * scale - 2.0 * _LINEAR))

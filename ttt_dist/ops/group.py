@@ -23,11 +23,12 @@ PADDING = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """What stays the same over a scan."""
+    """What stays the same over a scan; `compiled`: see `ttt_dist.ops.pointwise`."""
 
     causal: bool
     norm: InnerNorm
     products: Products
+    compiled: bool
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class ScanInputs:
     causal: bool
     eps: float
     group_size: int
+    compiled: bool
 
 
 class ForwardKernels(Protocol):
@@ -102,6 +103,7 @@ def _settings(inputs: ScanInputs) -> Settings:
         inputs.causal,
         InnerNorm(gamma, beta, inputs.eps),
         Products(operand=inputs.q.dtype, compute=inputs.weights[0].dtype),
+        inputs.compiled,
     )
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ttt_dist.ops.pointwise import ready
+
 
 @dataclass(frozen=True)
 class InnerNorm:
@@ -43,12 +45,16 @@ class Projection:
     """`P` for tensors with the tokens `rows`: LayerNorm's backward where mean is 0, factor 1."""
 
     def __init__(self, rows: tuple[int, ...], like: Tensor):
-        self._mean, self._factor = like.new_zeros(*rows, 1), like.new_ones(*rows, 1)
+        self.mean, self.factor = like.new_zeros(*rows, 1), like.new_ones(*rows, 1)
 
     def __call__(self, g: Tensor, x_hat: Tensor) -> Tensor:
-        return torch.ops.aten.native_layer_norm_backward(
-            g, x_hat, g.shape[-1:], self._mean, self._factor, None, None, [True, False, False]
-        )[0]
+        return _project(g, x_hat, self.mean, self.factor)
+
+
+def _project(g: Tensor, x_hat: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    return torch.ops.aten.native_layer_norm_backward(
+        g, x_hat, g.shape[-1:], mean, factor, None, None, [True, False, False]
+    )[0]
 
 
 def project(g: Tensor, x_hat: Tensor) -> Tensor:
@@ -61,44 +67,81 @@ class InnerLoss:
 
     Args:
         N, C: rows of a mini-batch.
+        compiled: one pass over memory each, by `torch.compile`.
     """
 
-    def __init__(self, norm: InnerNorm, N: int, C: int):
+    def __init__(self, norm: InnerNorm, N: int, C: int, compiled: bool = False):
         self.norm, self.gamma_square = norm, norm.gamma.square()
-        self._project = Projection((N, C), norm.gamma)
+        projection = Projection((N, C), norm.gamma)
+        self._projection = (projection.mean, projection.factor)
+        self._gradient = ready(_gradient, compiled, eps=norm.eps)
+        self._backward = ready(_backward, compiled)
 
     def shift(self, k: Tensor, v: Tensor) -> Tensor:
         """`γ∘(β - t)` for the target `t = v - k`; any leading dims."""
         return torch.sub(k, v).add_(self.norm.beta).mul_(self.norm.gamma)
 
-    def gradient(self, z: Tensor, shift: Tensor) -> TokenLoss:
-        """At the inner network's outputs `z`."""
-        x_hat, r = self.norm.normalise(z)
-        a = torch.addcmul(shift, self.gamma_square, x_hat)
-        return TokenLoss(x_hat, r, a, self._project(a, x_hat))
-
-    def backward(self, u: Tensor, loss: TokenLoss, dz: Tensor) -> Tensor:
-        """Writes the gradient by `z` into `dz`, given `u`, that by `ĝ`.
+    def gradient(
+        self, z: Tensor, shift: Tensor, eta: Tensor, G: Tensor
+    ) -> tuple[TokenLoss, Tensor]:
+        """At the inner network's outputs `z`; writes `η r ĝ` into the contiguous `G`.
 
         Returns:
-            The gradient by `a`.
+            The loss's terms, and `η r` `[N, C, 1]`.
         """
-        mean = -1.0 / u.shape[-1]
-        along_x, along_g, a_along_x = (
-            torch.linalg.vecdot(*both).unsqueeze(-1)
-            for both in ((u, loss.x_hat), (u, loss.g_hat), (loss.a, loss.x_hat))
-        )
-        da = self._project(u, loss.x_hat)
-        dx_hat = torch.mul(self.gamma_square, da)
-        dx_hat.addcmul_(u, a_along_x, value=mean).addcmul_(loss.a, along_x, value=mean)
-        through_x = self._project(dx_hat, loss.x_hat)
-        torch.mul(through_x.addcmul_(loss.x_hat, along_g, value=mean), loss.r, out=dz)
-        return da
+        *terms, rate = self._gradient(z, shift, eta, G, self.gamma_square, *self._projection)
+        return TokenLoss(*terms), rate
+
+    def backward(self, u: Tensor, loss: TokenLoss) -> tuple[Tensor, Tensor]:
+        """Gradients by `z` and by `a`, given `u`, that by `ĝ`."""
+        terms = (loss.x_hat, loss.r, loss.a, loss.g_hat)
+        dz, da = self._backward(u, *terms, self.gamma_square, *self._projection)
+        return dz, da
+
+
+def _gradient(
+    z: Tensor,
+    shift: Tensor,
+    eta: Tensor,
+    G: Tensor,
+    gamma_square: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`x̂, r, a, ĝ` and `η r`."""
+    x_hat, _, r = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
+    a = torch.addcmul(shift, gamma_square, x_hat)
+    g_hat, rate = _project(a, x_hat, mean, factor), r * eta
+    torch.mul(g_hat, rate, out=G)
+    return x_hat, r, a, g_hat, rate
+
+
+def _backward(
+    u: Tensor,
+    x_hat: Tensor,
+    r: Tensor,
+    a: Tensor,
+    g_hat: Tensor,
+    gamma_square: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+) -> tuple[Tensor, Tensor]:
+    part = -1.0 / u.shape[-1]
+    along_x, along_g, a_along_x = (
+        torch.linalg.vecdot(*both).unsqueeze(-1) for both in ((u, x_hat), (u, g_hat), (a, x_hat))
+    )
+    da = _project(u, x_hat, mean, factor)
+    dx_hat = torch.mul(gamma_square, da)
+    dx_hat.addcmul_(u, a_along_x, value=part).addcmul_(a, along_x, value=part)
+    through_x = _project(dx_hat, x_hat, mean, factor)
+    return through_x.addcmul_(x_hat, along_g, value=part).mul_(r), da
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Inner gradients of one mini-batch's tokens: `x̂`, `a`, `ĝ` `[N, C, d]`, `r` `[N, C, 1]`."""
+    """Inner gradients of one mini-batch's tokens: `x̂` `[N, C, d]`, `r` `[N, C, 1]`, `a`, `ĝ`."""
 
     x_hat: Tensor
     r: Tensor

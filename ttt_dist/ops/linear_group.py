@@ -32,7 +32,7 @@ class LinearGroup:
 
     def __init__(self, settings: Settings, n: int, N: int, C: int, d: int, like: Tensor):
         self.settings, self.C, self.d = settings, C, d
-        self.loss = InnerLoss(settings.norm, N, C)
+        self.loss = InnerLoss(settings.norm, N, C, settings.compiled)
         self._W1 = like.new_empty(n + 1, N, d + 1, d)
         self._y = like.new_empty(n, N, 2 * C, d)  # Z over Y; in backward their gradients
         self._G = like.new_empty(n, N, C, d)
@@ -69,9 +69,7 @@ class LinearGroup:
         )
         for m, (W1, W1_next, kq, k_T, eta, shift, y, z, G) in enumerate(steps):
             products.mul(kq, W1, out=y)
-            loss = self.loss.gradient(z, shift)
-            rate = loss.r * eta
-            torch.mul(loss.g_hat, rate, out=G)
+            loss, rate = self.loss.gradient(z, shift, eta, G)
             products.add(W1, k_T, G, alpha=-1.0, out=W1_next)
             if m == 0 and frames.pending is not None:
                 W1_next.addcmul_(frames.completed[0], frames.pending[0], value=-1.0)
@@ -149,7 +147,9 @@ class LinearGroup:
         )
         for m, k, kq_T, G, loss, rate, y, dZ, dG_m, dk_m, da_m in reversed(steps):
             products.add(dG_m, k, U1, alpha=-1.0)
-            da_m.copy_(self.loss.backward(dG_m * rate, loss, dZ))
+            dz, da = self.loss.backward(dG_m * rate, loss)
+            dZ.copy_(dz)
+            da_m.copy_(da)
             products.mul(G, U1_T, out=dk_m)
             if m == 0 and grads.pending is not None:
                 d_pending = torch.mul(U1, frames.completed[0], out=grads.pending[0]).neg_()

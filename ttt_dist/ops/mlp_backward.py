@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_dist.ops.activation import Gelu
+from ttt_dist.ops.activation import gelu
 from ttt_dist.ops.group import (
     FrameGradients,
     Frames,
@@ -39,7 +39,8 @@ class MlpBackward:
         self, settings: Settings, n: int, slab: int, N: int, C: int, d: int, h: int, like: Tensor
     ):
         self.settings, self.slab, self.C, self.d, self.h = settings, min(slab, n), C, d, h
-        self.loss, self.gelu = InnerLoss(settings.norm, N, C), Gelu(self.slab, (N, C, h), like)
+        self.loss = InnerLoss(settings.norm, N, C, settings.compiled)
+        self.gelu = gelu(settings.compiled, self.slab, (N, C, h), like)
         self.W1, self.W2 = like.new_empty(n + 1, N, d + 1, h), like.new_empty(n + 1, N, h + 1, d)
         self.tokens = HiddenTokens.buffers(n, N, C, d, h, like)
         # Views that every mini-batch takes, made once.
@@ -214,7 +215,8 @@ class _Slab:
         products, frames, part = group.settings.products, self.frames, self.part
         U1, U2 = d_weights
         U1_T, U2_rows, U2_T = U1[:, :d].mT, U2, U2[:, :h].mT
-        curvature = group.tokens.P[part].mul_(group.gelu.second_derivative_(group.tokens.Z1[part]))
+        curvature = group.tokens.P[part]
+        group.gelu.curvature(group.tokens.Z1[part], curvature)
         completed = frames.completed[part]
         k_learnt = self.kq[:, :, :C] * completed
         G2_learnt = self.G2 * completed
@@ -254,9 +256,9 @@ class _Slab:
             torch.mul(dG1_m, slope, out=dP)
             products.add(dG2_m, dP, W2_m)
             u = dG2_m * group.rates[m]
-            dZ2 = torch.empty_like(u)
-            da_m.copy_(group.loss.backward(u, group.losses[m], dZ2))
+            dZ2, da = group.loss.backward(u, group.losses[m])
             dZ2_row.copy_(dZ2)
+            da_m.copy_(da)
             products.add(dX2_m, G2_m, U2_T, alpha=-1.0)
             products.add(dX2_m, dZ2, W2_T)
             torch.mul(dG1_m, curve, out=dZ1).addcmul_(dX2_m, slope)

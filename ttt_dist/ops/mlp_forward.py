@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ttt_dist.ops.activation import Gelu
+from ttt_dist.ops.activation import Gelu, gelu
 from ttt_dist.ops.group import Frames, Settings, flat, lower_triangle_, with_ones
 from ttt_dist.ops.inner_loss import InnerLoss, TokenLoss
 from ttt_dist.ops.products import Products
@@ -67,9 +67,7 @@ class HiddenTokens:
             The inner losses' gradients, and `η r` `[N, C, 1]`.
         """
         gelu.value_and_derivative(self.Z1, self.x2, self.slope)
-        loss = losses.gradient(products.mul(self.X2, W2), shift)
-        rate = loss.r * eta
-        torch.mul(loss.g_hat, rate, out=self.G2)
+        loss, rate = losses.gradient(products.mul(self.X2, W2), shift, eta, self.G2)
         products.mul(self.G2, W2_T, out=self.P)
         return loss, rate
 
@@ -79,7 +77,8 @@ class MlpForward:
 
     def __init__(self, settings: Settings, N: int, C: int, d: int, h: int, like: Tensor):
         self.settings, self.h = settings, h
-        self.losses, self.gelu = InnerLoss(settings.norm, N, C), Gelu(1, (N, C, h), like)
+        self.losses = InnerLoss(settings.norm, N, C, settings.compiled)
+        self.gelu = gelu(settings.compiled, 1, (N, C, h), like)
         (self._tokens,) = HiddenTokens.buffers(1, N, C, d, h, like).each()
         self._Y1 = like.new_empty(N, C, h)
         self._Xb = with_ones((N, C), h, like)

@@ -42,6 +42,7 @@ class Loop:
     causal: bool
     eps: float
     group_size: int | None
+    compiled: bool = False
 
     def group_for(self, mini_batches: int) -> int:
         """Mini-batches a group: near the square root of all where none is asked for."""
@@ -83,7 +84,7 @@ def fused_segments(
     group = loop.group_for(mini_batches) if torch.is_grad_enabled() else mini_batches
     out, after, _ = SCAN(
         q, k, v, eta, gamma.squeeze(-2), beta.squeeze(-2), list(weights), list(pending or ()), end,
-        loop.mini_batch_size, loop.causal, loop.eps, group,
+        loop.mini_batch_size, loop.causal, loop.eps, group, loop.compiled,
     )  # fmt: skip
     return out, tuple(after)
 
@@ -103,6 +104,7 @@ def scan(
     causal: bool,
     inner_eps: float,
     checkpoint_group_size: int | None,
+    compiled: bool = False,
     segments: Segments = fused_segments,
 ) -> tuple[Tensor, InnerState]:
     """Run the inner loop of `depth` linear maps; `ttt_mlp` documents arguments and errors."""
@@ -121,7 +123,11 @@ def scan(
         inner_eps=inner_eps,
         checkpoint_group_size=checkpoint_group_size,
     )
-    loop = Loop(mini_batch_size, causal, inner_eps, checkpoint_group_size)
+    if compiled and segments is not fused_segments:
+        raise ValueError(
+            f"{op}: compiled is True, which a network of {depth} layers has no code for"
+        )
+    loop = Loop(mini_batch_size, causal, inner_eps, checkpoint_group_size, compiled)
     with without_autocast(q.device.type):
         dtype = compute_dtype(q.dtype)
         gamma, beta = (t.to(dtype).unsqueeze(-2) for t in (ln_weight, ln_bias))  # [H, 1, d]

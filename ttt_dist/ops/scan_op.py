@@ -8,7 +8,8 @@ a recomputed layer doesn't run the scan's forward a third time.
     first one of a mini-batch in all lanes. eta, gamma, beta, weights, pending: compute dtype.
 
 Returned borders, the weights before every group, `[groups, B H, rows + 1, columns]` a layer, are
-there for backward alone: no gradient flows through them.
+there for backward alone: no gradient flows through them. With `compiled` elementwise code is
+compiled inside the operator, which stays opaque to compilers around it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from ttt_dist.ops.grouped_scan import ScanInputs, group_starts, scan_backward, s
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor eta, Tensor gamma, Tensor beta, Tensor[] weights, "
-    "Tensor[] pending, Tensor end, int mini_batch_size, bool causal, float eps, int group_size"
+    "Tensor[] pending, Tensor end, int mini_batch_size, bool causal, float eps, int group_size, "
+    "bool compiled"
 )
-_TENSORS = 9  # how many of them are tensors or lists of tensors
+_TENSORS, _ARGUMENTS = 9, 14  # how many of them are tensors or lists of tensors, and in all
 
 # Compilers hand the operators tensors with the strides that eager code would.
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -50,14 +52,15 @@ def _inputs(args: Sequence[Any]) -> ScanInputs:
 
 def _scan(*args: Any) -> Outputs:
     inputs = _inputs(args)
-    with without_autocast(inputs.q.device.type):
+    # One grad mode, whoever calls: compiled code exists once a mode.
+    with torch.no_grad(), without_autocast(inputs.q.device.type):
         return scan_forward(inputs)
 
 
 def _scan_backward(*args: Any) -> list[Tensor]:
     *forward_args, borders, d_out, d_weights = args
     inputs = _inputs(forward_args)
-    with without_autocast(inputs.q.device.type):
+    with torch.no_grad(), without_autocast(inputs.q.device.type):
         return scan_backward(inputs, list(borders), d_out, list(d_weights))
 
 
@@ -73,7 +76,7 @@ def _scan_fake(*args: Any) -> Outputs:
 
 
 def _scan_backward_fake(*args: Any) -> list[Tensor]:
-    x = _inputs(args[:13])
+    x = _inputs(args[:_ARGUMENTS])
     tensors = (x.q, x.k, x.v, x.eta, x.gamma, x.beta, *x.weights, *x.pending)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 

@@ -21,6 +21,7 @@ def ttt_linear(
     causal: bool = True,
     inner_eps: float = 1e-6,
     checkpoint_group_size: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, InnerState]:
     """`ttt_mlp` with a linear inner network; `state` is that of `linear_state`.
 
@@ -40,4 +41,5 @@ def ttt_linear(
         causal=causal,
         inner_eps=inner_eps,
         checkpoint_group_size=checkpoint_group_size,
+        compiled=compiled,
     )

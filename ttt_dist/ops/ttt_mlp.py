@@ -22,6 +22,7 @@ def ttt_mlp(
     causal: bool = True,
     inner_eps: float = 1e-6,
     checkpoint_group_size: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, InnerState]:
     """Read every token from an inner MLP that learns from the tokens as they come.
 
@@ -60,13 +61,16 @@ def ttt_mlp(
             the state between such groups is kept. None takes about the square root of their number,
             which needs the least memory; 0 makes a single group (with three layers or more: keeps
             everything, and computes nothing again).
+        compiled: elementwise code of the operator is compiled by `torch.compile` at the first call
+            of its shape (static; one mini-batch and one slab of them). For 2 layers.
 
     Returns:
         `[B, H, L, d]` in q's dtype, and the state after the last frame.
 
     Raises:
         ValueError: shapes, dtypes or devices don't fit, `L` is 0, the state is another op's or was
-            carried with another `mini_batch_size`, or `causal=False` meets a started mini-batch.
+            carried with another `mini_batch_size`, `causal=False` meets a started mini-batch, or
+            `compiled` is asked for with 3 layers or more.
     """
     deep = state.depth in DEEP_MLP_LAYERS
     return scan(
@@ -83,5 +87,6 @@ def ttt_mlp(
         causal=causal,
         inner_eps=inner_eps,
         checkpoint_group_size=checkpoint_group_size,
+        compiled=compiled,
         segments=differentiated_segments if deep else fused_segments,
     )
