@@ -132,6 +132,22 @@ def _nothing_to_train(config: TrainConfig) -> str | None:
     )
 
 
+def _lora_problem(config: TrainConfig) -> str | None:
+    if not config.lora.enable:
+        return None
+    if config.full_finetuning:
+        return (
+            "lora.enable: found true with full_finetuning: true; adapters are trained on frozen "
+            "weights; set full_finetuning: false for LoRA, or lora.enable: false"
+        )
+    if config.lora.scaling == 0:
+        return (
+            "lora.scaling: found 0, with which adapters neither act nor learn; allowed: above 0 "
+            "(2 is usual)"
+        )
+    return None
+
+
 def _key_in_file(config: TrainConfig) -> str | None:
     if config.wandb.key is None:
         return None
@@ -169,6 +185,7 @@ def _empty_shard(config: TrainConfig) -> str | None:
 # (keys that the rule reads, rule): a rule isn't asked where one of its keys is wrong already.
 _RULES: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], str | None]], ...] = (
     (("full_finetuning", "lora.enable", "ttt.enable", "ttt.layers"), _nothing_to_train),
+    (("full_finetuning", "lora.enable", "lora.scaling"), _lora_problem),
     (("wandb.key",), _key_in_file),
     (("profile.start_step", "profile.num_steps", "max_steps"), _profile_range),
     (("param_dtype", "device"), _float64_on_gpu),

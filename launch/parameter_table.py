@@ -8,8 +8,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ttt_dist.moshi.build import is_ttt_parameter
+from ttt_dist.moshi.lora import is_adapter_parameter
 
-PARTS = ("TTT layers", "transformer", "Depformer", "embeddings, heads")
+PARTS = ("TTT layers", "LoRA adapters", "transformer", "Depformer", "embeddings, heads")
 MOMENTS = 2  # AdamW keeps two, in the parameter's dtype
 
 
@@ -17,9 +18,11 @@ def part_of(name: str) -> str:
     """The part of the model that a parameter's full name belongs to."""
     if is_ttt_parameter(name):
         return PARTS[0]
-    if name.startswith("transformer."):
+    if is_adapter_parameter(name):
         return PARTS[1]
-    return PARTS[2] if name.startswith("depformer") else PARTS[3]
+    if name.startswith("transformer."):
+        return PARTS[2]
+    return PARTS[3] if name.startswith("depformer") else PARTS[4]
 
 
 def parameter_table(model: nn.Module) -> list[str]:

@@ -38,11 +38,6 @@ def refuse_unbuilt(config: TrainConfig) -> list[str]:
     ttt = config.ttt
     refusals = (
         (
-            config.lora.enable,
-            "lora.enable: found true; LoRA isn't built yet; allowed: false; train TTT layers alone "
-            "(ttt.enable: true) or everything (full_finetuning: true)",
-        ),
-        (
             config.compile
             and config.gradient_checkpointing
             and config.parallel.recompute == "selective",
@@ -343,6 +338,13 @@ def run_warnings(config: TrainConfig) -> list[str]:
         )
     if config.eval_freq > 0 and not config.do_eval:
         warnings.append("eval_freq: has no effect, since do_eval is false")
+    if config.lora.ft_embed and not config.lora.enable:
+        warnings.append("lora.ft_embed: has no effect, since lora.enable is false")
+    if config.lora.enable and not config.save_adapters:
+        warnings.append(
+            "save_adapters: false has no effect: a checkpoint holds base weights and adapters, "
+            "each under its own names"
+        )
     if config.optim.ttt_lr is not None and not config.ttt.enable:
         warnings.append("optim.ttt_lr: has no effect, since ttt.enable is false")
     return warnings

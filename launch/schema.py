@@ -102,13 +102,13 @@ class OptimConfig(Section):
 
 class LoraConfig(Section):
     enable: bool = False
-    """train low-rank adapters"""
+    """train low-rank adapters on every linear layer of Moshi's, its own weights being frozen"""
     rank: PositiveInt = 64
-    """rank of the adapters"""
+    """rank of the adapters; kept on resume, as all of this section"""
     scaling: NonNegativeFloat = 2.0
     """factor of the adapters' output"""
     ft_embed: bool = False
-    """train the embeddings beside the adapters"""
+    """with adapters: train the embeddings too"""
 
 
 class WandbConfig(Section):
@@ -222,7 +222,7 @@ class TrainConfig(Section):
     """loss weight of text padding"""
 
     full_finetuning: bool = False
-    """train every parameter; false trains the TTT layers or LoRA adapters alone"""
+    """train every parameter; false trains TTT layers and LoRA adapters alone"""
     gradient_checkpointing: bool = True
     """recompute each layer in the backward pass"""
     param_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
@@ -249,7 +249,7 @@ class TrainConfig(Section):
     num_ckpt_keep: PositiveInt | None = 3
     """newest checkpoints to keep; null: all"""
     save_adapters: bool = True
-    """with LoRA: save the adapters instead of the merged model"""
+    """of moshi-finetune, without effect: checkpoints hold base weights and adapters apart"""
     overwrite_run_dir: bool = False
     """refused where true: nothing is ever deleted here"""
     resume: bool = False

@@ -38,7 +38,8 @@ from ttt_dist.moshi.context import (
     read_attention_contexts,
     set_attention_contexts,
 )
-from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
+from ttt_dist.moshi.lora import LoRASettings
+from ttt_dist.moshi.weights import init_adapters, init_ttt_weights, load_base_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -94,6 +95,7 @@ def make_model(
     model.to_empty(device=device)
     loaded = load_base_weights(model, Path(release.moshi_weights))
     initialised = init_ttt_weights(model, config.seed, loaded)
+    adapted = init_adapters(model, config.seed)
     model.train()
 
     contexts = read_attention_contexts(model)
@@ -106,6 +108,8 @@ def make_model(
         say(f"TTT weights: {len(loaded)} tensors from {release.moshi_weights}")
     if config.ttt.enable and initialised == 0 and not loaded:
         raise RuntimeError("TTT is enabled, but no TTT parameter was initialised or loaded")
+    if config.lora.enable and adapted == 0:
+        raise RuntimeError("LoRA is enabled, but no adapter was initialised")
     say(f"compute in {str(compute).removeprefix('torch.')}, master weights in {str(master)[6:]}")
     return model
 
@@ -118,10 +122,13 @@ def lay_out_model(
 ) -> TTTMoshi:
     """The configured model on the meta device, laid over `mesh`; None leaves it whole."""
     master = torch.promote_types(compute, torch.float32)
-    model = build_model(lm_config, ttt_placement(config, lm_config), dtype=master)
+    model = build_model(
+        lm_config, ttt_placement(config, lm_config), lora_settings(config), dtype=master
+    )
     set_attention_contexts(model, **attention_windows(config))
     if not config.full_finetuning:
-        freeze_base(model, compute)
+        train_embeddings = config.lora.enable and config.lora.ft_embed
+        freeze_base(model, compute, train_embeddings=train_embeddings)
     if mesh is not None:
         plan = ParallelPlan(
             compute_dtype=compute,
@@ -155,6 +162,12 @@ def ttt_placement(config: TrainConfig, lm_config: dict[str, Any] | None) -> TTTP
         layers=select_layers(config.ttt.layers, settings["num_layers"]),
         initial_alpha=config.ttt.initial_gating_alpha,
     )
+
+
+def lora_settings(config: TrainConfig) -> LoRASettings | None:
+    """The configured adapters; None where LoRA is off."""
+    lora = config.lora
+    return LoRASettings(lora.rank, lora.scaling) if lora.enable else None
 
 
 def model_dtypes(config: TrainConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

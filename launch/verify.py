@@ -318,6 +318,8 @@ def describe(case: Case, sharded: Trained, sizes: Mapping[str, int]) -> None:
     clipped = sum(norm > sharded.max_norm for norm in sharded.norms)
     flags = {
         "full_finetuning": config.full_finetuning,
+        "lora": f"of rank {config.lora.rank}" if config.lora.enable else False,
+        "ft_embed": config.lora.enable and config.lora.ft_embed,
         "gradient_checkpointing": config.gradient_checkpointing,
         "recompute": config.parallel.recompute,
         "compile": config.compile,

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from moshi.models.loaders import CheckpointInfo
+from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 
 from launch.config import TrainConfig, parse_command_line, read_config, resolve_global_batch_size
@@ -38,6 +39,8 @@ from ttt_dist.placement import shard_slices
 LAYERS, HEADS, HEAD_DIM = 4, 8, 8
 FRAMES = 37  # odd, and no multiple of the mini-batch: four of 8 and 5 frames more
 MINI_BATCH, GROUP = 8, 2  # at most; groups of two mini-batches, so that there are several
+RANK = 6  # of LoRA, at most: well below the widths
+LORA_SHARE = 0.2  # of the adapters in a layer's output, the frozen weights giving 1
 LEAST_ALPHA = 0.3  # TTT's gate; nearly closed, it would hide TTT's gradients in rounding
 _BATCH_KEYS = ("batch_size", "num_microbatches", "global_batch_size")
 LR = 1e-3  # large enough for a wrong update to stand out after few steps
@@ -177,6 +180,7 @@ def shrink(config: TrainConfig, settings: dict[str, Any], dp_size: int) -> Case:
     small = config.model_copy(
         update={
             "ttt": ttt,
+            "lora": config.lora.model_copy(update={"rank": min(config.lora.rank, RANK)}),
             "optim": optim,
             "batch_size": batch_size,
             "num_microbatches": 2,
@@ -277,6 +281,11 @@ def fill_weights(model: nn.Module, seed: int) -> None:
         for name, module in model.named_modules()
         if isinstance(module, TTTBlock)
     }
+    scalings = {
+        f"{name}.lora_B.weight": module.scaling
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+    }
     for name, parameter in model.named_parameters():
         generator = seeded_generator(seed, name)
         noise = torch.randn(parameter.shape, generator=generator)
@@ -292,4 +301,8 @@ def fill_weights(model: nn.Module, seed: int) -> None:
             value = 0.2 * noise
         else:
             value = noise * parameter.shape[-1] ** -0.5
+            if name in scalings:
+                # Not 0, or lora_A had no gradient; and small, as training keeps it: adapters as
+                # strong as the weights would make the whole model ill-conditioned.
+                value *= LORA_SHARE / scalings[name]
         fill_own(parameter, value[shard_slices(parameter)])

@@ -8,6 +8,7 @@ tensors, the same on all its ranks: attention, TTT and feed-forward each enter t
 
 from __future__ import annotations
 
+from moshi.modules.lora import LoRALinear
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
@@ -15,6 +16,7 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTMoshi
 from ttt_dist.moshi.build import transformer_layers
+from ttt_dist.moshi.lora import PackedLoRA
 from ttt_dist.ops import MLP_LAYERS, weight_names
 from ttt_dist.placement import BY_BLOCK_ROW, BY_HEAD, BY_INPUT, REPLICATED
 
@@ -72,12 +74,31 @@ def split_layer(layer: HybridStreamingTransformerLayer, mesh: DeviceMesh) -> Non
             "parallel.tp: its attention (kv_repeat, cross-attention) or its feed-forward (no "
             "gating) cannot be split over ranks yet; allowed: tp = 1"
         )
-    _distribute(layer, LAYER_PLACEMENTS, mesh)
+    _distribute(layer, _layer_placements(layer), mesh)
     # What is left to a rank is attention over fewer heads.
     layer.self_attn.num_heads //= mesh.size()
     layer.self_attn.embed_dim //= mesh.size()
     if layer.ttt is not None:
         split_heads(layer.ttt.layer, mesh)
+
+
+def _layer_placements(layer: HybridStreamingTransformerLayer) -> dict[str, tuple[Placement, ...]]:
+    """`LAYER_PLACEMENTS`, with adapters where the layer has them.
+
+    Of an adapter's two matrices the one next to the cut is cut alike, the other is whole.
+    """
+    placements = {}
+    for name, placement in LAYER_PLACEMENTS.items():
+        linear = name.removesuffix(".weight")
+        adapted = layer.get_submodule(linear)
+        if isinstance(adapted, LoRALinear):
+            packed = isinstance(adapted, PackedLoRA)
+            placements[f"{linear}.frozen_W.weight"] = placement
+            placements[f"{linear}.lora_A.weight"] = REPLICATED if packed else placement
+            placements[f"{linear}.lora_B.weight"] = placement if packed else REPLICATED
+        else:
+            placements[name] = placement
+    return placements
 
 
 def split_heads(layer: TTTLayer, mesh: DeviceMesh) -> None:

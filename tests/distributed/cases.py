@@ -15,6 +15,7 @@ from parallel.mesh import Layout
 STEPS = 5
 SAMPLES = 8  # a step, over all ranks
 ACCUMULATION = 2  # microbatches a rank and step
+LORA_RANK = 6
 MAX_NORM = 0.5  # the gradients' norm is 1.2 to 11: clipping acts in every step
 
 # name -> (ranks, layout)
@@ -41,6 +42,8 @@ class Case:
         inner_model: TTT's, `mlp` or `linear`.
         mlp_layers: of TTT's inner MLP.
         frozen: train TTT alone.
+        lora_rank: train adapters of this rank beside TTT, everything else being frozen; 0 for none.
+        ft_embed: with adapters, train the embeddings too.
         reduce_every_microbatch: of `accumulate_gradients`.
         plan: fields of `ParallelPlan` beside the dtypes.
     """
@@ -50,6 +53,8 @@ class Case:
     inner_model: str = "mlp"
     mlp_layers: int = 2
     frozen: bool = False
+    lora_rank: int = 0
+    ft_embed: bool = False
     reduce_every_microbatch: bool = False
     plan: dict[str, Any] = field(default_factory=dict)
 
@@ -82,6 +87,11 @@ CASES: dict[str, Case] = {
     "tp 2, three inner layers": Case("tp 2", mlp_layers=3),
     "tp 2, frozen": Case("tp 2", frozen=True),
     "tp 2 x fsdp 2, frozen": Case("tp 2 x fsdp 2", frozen=True),
+    "tp 2, LoRA": Case("tp 2", lora_rank=LORA_RANK),
+    "tp 2 x fsdp 2, LoRA": Case("tp 2 x fsdp 2", lora_rank=LORA_RANK),
+    "tp 2 x fsdp 2, LoRA of odd rank and embeddings": Case(
+        "tp 2 x fsdp 2", lora_rank=5, ft_embed=True
+    ),
     "fsdp 2, reduced every microbatch": Case("fsdp 2", reduce_every_microbatch=True),
     "hsdp 2 x 2, reduced every microbatch": Case("hsdp 2 x 2", reduce_every_microbatch=True),
     "fsdp 2, no recomputation": Case("fsdp 2", plan={"recompute": "none", "prefetch_layers": 0}),
@@ -91,11 +101,12 @@ CASES: dict[str, Case] = {
     "tp 2, compiled": Case("tp 2", plan={"compile": True}),
 }
 
-# A checkpoint of the first layout is loaded into the second.
-RESHARDS: dict[str, tuple[str, str]] = {
-    "fsdp 2 to tp 2": ("fsdp 2", "tp 2"),
-    "tp 2 to fsdp 2": ("tp 2", "fsdp 2"),
-    "tp 2 x fsdp 2 to tp 4": ("tp 2 x fsdp 2", "tp 4"),
+# A checkpoint of the first layout is loaded into the second; with LoRA of this rank, if not 0.
+RESHARDS: dict[str, tuple[str, str, int]] = {
+    "fsdp 2 to tp 2": ("fsdp 2", "tp 2", 0),
+    "tp 2 to fsdp 2": ("tp 2", "fsdp 2", 0),
+    "tp 2 x fsdp 2 to tp 4": ("tp 2 x fsdp 2", "tp 4", 0),
+    "tp 2 x fsdp 2 to tp 4, LoRA": ("tp 2 x fsdp 2", "tp 4", 5),
 }
 
 # Where one layer and the words of DTensor are looked at on the tp axis alone.

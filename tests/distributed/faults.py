@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import launch.step
 import parallel.fsdp
 import ttt_dist.layer
+import ttt_dist.moshi.lora
 import ttt_dist.moshi.packed
 import ttt_dist.moshi.weights
 from ttt_dist.layer import TTTLayer
@@ -62,6 +63,15 @@ def plain_cut_of_packed_weights() -> AbstractContextManager[Any]:
     return patch.object(ttt_dist.moshi.weights, "_copy_packed", copy_packed)
 
 
+def adapters_whole_matrices_not_summed() -> AbstractContextManager[Any]:
+    """The matrix of an adapter that each rank uses with its own shard, with torch's default."""
+
+    def shared(weight: Tensor) -> Tensor:
+        return to_local(weight, grad_placements=REPLICATED)
+
+    return patch.object(ttt_dist.moshi.lora, "_shared", shared)
+
+
 def norm_over_own_heads_only() -> AbstractContextManager[Any]:
     """`post_norm` with the statistics of one rank's heads."""
 
@@ -91,11 +101,14 @@ def loss_by_local_weights() -> AbstractContextManager[Any]:
     return patch.object(launch.step, "sum_over_data_ranks", lambda values, group: values.clone())
 
 
+# Faults that a model with adapters shows.
+LORA_FAULTS = ("adapters' whole matrices not summed",)
 # name -> (layout of cases.py that shows it, fault)
 FAULTS: dict[str, tuple[str, Fault]] = {
     "place_into returns its second argument": ("tp 2", place_into_returns_its_second_argument),
     "no grad_placements": ("tp 2", no_grad_placements),
     "plain Shard(0) on packed weights": ("tp 2", plain_cut_of_packed_weights),
+    LORA_FAULTS[0]: ("tp 2", adapters_whole_matrices_not_summed),
     "post_norm over own heads": ("tp 2", norm_over_own_heads_only),
     "TTT gradients not reduced over dp": ("fsdp 2", ttt_gradients_not_reduced),
     "loss divided by local weights": ("fsdp 2", loss_by_local_weights),

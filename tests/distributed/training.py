@@ -7,7 +7,7 @@ one batch; the sharded run goes through the functions that `launch/train.py` cal
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,18 @@ from tests.distributed.cases import ACCUMULATION, MAX_NORM, SAMPLES, STEPS, Case
 from tests.distributed.faults import Fault
 from tests.distributed.measure import largest_of_ranks, relative_errors, whole, worst
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import build_model, is_ttt_parameter
+from ttt_dist.moshi.build import build_model, freeze_base, is_ttt_parameter
 from ttt_dist.moshi.context import read_attention_contexts, set_attention_contexts
+from ttt_dist.moshi.lora import LoRASettings
 from ttt_dist.moshi.loss import LossConfig
-from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
+from ttt_dist.moshi.weights import (
+    fill_own,
+    init_adapters,
+    init_ttt_weights,
+    load_base_weights,
+    seeded_generator,
+)
+from ttt_dist.placement import shard_slices
 
 if TYPE_CHECKING:  # torchtitan may not be imported before parallel.device
     from torchtitan.components.optimizer import OptimizersContainer
@@ -47,6 +55,8 @@ class Trained:
     inner_model: str = "mlp"
     mlp_layers: int = 2
     frozen: bool = False
+    lora_rank: int = 0
+    ft_embed: bool = False
 
 
 class OneRank:
@@ -65,18 +75,26 @@ def make_model(
         tiny.ttt_placement(
             trained.inner_model, lm_config=tiny.WIDE_LM_CONFIG, mlp_layers=trained.mlp_layers
         ),
+        LoRASettings(trained.lora_rank, scaling=2.0) if trained.lora_rank else None,
         dtype=trained.dtype,
     )
     set_attention_contexts(model, ttt_context=tiny.TTT_CONTEXT, other_context=tiny.OTHER_CONTEXT)
     if trained.frozen:
         for name, value in model.named_parameters():
             value.requires_grad_(is_ttt_parameter(name))
+    if trained.lora_rank:
+        freeze_base(model, trained.dtype, train_embeddings=trained.ft_embed)
     if mesh is not None:
         settings = {"compute_dtype": trained.dtype, "reduce_dtype": trained.dtype} | plan
         parallelize(model, mesh, ParallelPlan(**settings))
     model.to_empty(device="cpu")
     load_base_weights(model, weights)
     init_ttt_weights(model, seed=0)
+    init_adapters(model, seed=0)
+    for name, value in model.named_parameters():
+        if ".lora_B." in name:  # at its initial 0, lora_A would have no gradient
+            noise = torch.randn(value.shape, generator=seeded_generator(1, name))
+            fill_own(value, 0.1 * noise[shard_slices(value)])
     return model
 
 
@@ -166,7 +184,7 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
 
     Losses, norms and parameters of `case.steps` steps.
     """
-    trained = Trained(case.dtype, case.inner_model, case.mlp_layers, case.frozen)
+    trained = Trained(**{f.name: getattr(case, f.name) for f in fields(Trained)})
     plain = plain_runs.of(trained)
     plain_losses, plain_norms, plain_final = plain.steps
     model = make_model(plain_runs.weights, trained, mesh, case.plan)
@@ -242,9 +260,10 @@ def elements_held(model: TTTMoshi, optimizers: OptimizersContainer, mesh: Mesh) 
     return {"held": held, "allowed": 1.05 * total / shards + extra, "extra": extra, "total": total}
 
 
-def planted_fault(plain_runs: PlainRuns, mesh: Mesh, fault: Fault) -> dict[str, Any]:
+def planted_fault(
+    plain_runs: PlainRuns, mesh: Mesh, fault: Fault, trained: Trained
+) -> dict[str, Any]:
     """What the comparison of one step shows where a mistake is planted in the sharded model."""
-    trained = Trained()
     plain = plain_runs.of(trained)
     with fault():
         model = make_model(plain_runs.weights, trained, mesh, {})

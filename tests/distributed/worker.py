@@ -32,8 +32,8 @@ from parallel.mesh import (
     leave_job,
 )
 from tests.distributed import tiny
-from tests.distributed.cases import CASES, LAYOUTS, RESHARDS, SAMPLES, TP_LAYOUTS
-from tests.distributed.faults import FAULTS
+from tests.distributed.cases import CASES, LAYOUTS, LORA_RANK, RESHARDS, SAMPLES, TP_LAYOUTS
+from tests.distributed.faults import FAULTS, LORA_FAULTS
 from tests.distributed.measure import whole
 from tests.distributed.tp_cases import layer_traffic, placement_words
 from tests.distributed.training import (
@@ -48,12 +48,14 @@ from tests.distributed.training import (
 )
 
 
-def reshard_checkpoint(weights: Path, folder: Path, meshes: list[Mesh]) -> dict[str, Any]:
+def reshard_checkpoint(
+    weights: Path, folder: Path, meshes: list[Mesh], lora_rank: int
+) -> dict[str, Any]:
     """Save after a step on one layout, load on another: parameters and moments, bit for bit."""
     saved: dict[str, Tensor] = {}
     result: dict[str, Any] = {}
     for index, mesh in enumerate(meshes):
-        model = make_model(weights, Trained(torch.float32), mesh, {})
+        model = make_model(weights, Trained(torch.float32, lora_rank=lora_rank), mesh, {})
         optimizers = build_optimizers(model, OPTIM, fused=False)
         schedule = build_schedule(optimizers, OPTIM, 10)
         if index == 0:
@@ -123,11 +125,13 @@ def run_other_measurements(
             run(f"layer {layout}", layer_traffic, meshes[layout])
     for name, (layout, fault) in FAULTS.items():
         if layout in meshes:
-            run(f"fault {name}", planted_fault, plain_runs, meshes[layout], fault)
-    for name, pair in RESHARDS.items():
-        if pair[0] in meshes:
-            both = [meshes[layout] for layout in pair]
-            run(f"reshard {name}", reshard_checkpoint, plain_runs.weights, work / name, both)
+            trained = Trained(lora_rank=LORA_RANK if name in LORA_FAULTS else 0)
+            run(f"fault {name}", planted_fault, plain_runs, meshes[layout], fault, trained)
+    for name, (saved, loaded, lora_rank) in RESHARDS.items():
+        if saved in meshes:
+            both = [meshes[saved], meshes[loaded]]
+            folder = work / name
+            run(f"reshard {name}", reshard_checkpoint, plain_runs.weights, folder, both, lora_rank)
 
 
 if __name__ == "__main__":

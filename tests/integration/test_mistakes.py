@@ -39,7 +39,7 @@ def test_many_mistakes_at_once_on_two_ranks(paths, tmp_path):
         "optim.learning_rate: unknown key": "optim.lr",
         "ttt.layers: found '1,2,9'": "from 0 to 3",
         f"data.train_data: found '{tmp_path / 'train.jsonl'}'": "no file or folder",
-        "lora.enable: found true": "isn't built yet",
+        "lora.enable: found true": "set full_finetuning: false",
     }
     for start, way_out in wanted.items():
         (line,) = [line for line in told if line.startswith(f"  - {start}")]

@@ -87,6 +87,8 @@ data: {train_data: "${home}/a.jsonl"}
         ("wandb.project=${user}", ["wandb.project", "${user}", "${repo}"]),
         ("data.cache_dir=/x/${time}", ["data.cache_dir", "${time}", "run_dir"]),
         ("full_finetuning=false", ["full_finetuning", "lora.enable", "ttt.enable"]),
+        ("lora.enable=true", ["lora.enable", "frozen", "set full_finetuning: false"]),
+        ("lora.rank=0", ["lora.rank", "found 0", "≥ 1"]),
         ("optim.lr", ["key.path=value"]),
     ],
 )
@@ -99,6 +101,12 @@ def test_message_names_key_value_and_way_out(override: str, parts: list[str]) ->
 def test_ttt_without_layers_trains_nothing() -> None:
     problem = the_problem(["full_finetuning=false", "ttt.enable=true", "ttt.layers=none"])
     assert "nothing to train" in problem
+
+
+def test_adapters_that_could_not_learn_are_refused() -> None:
+    (problem,) = problems_of(None, ["run_dir=r", "lora.enable=true", "lora.scaling=0"])
+    assert problem.startswith("lora.scaling: found 0")
+    assert load_config(None, ["run_dir=r", "lora.enable=true"]).lora.scaling == 2.0
 
 
 def test_rules_ask_nothing_of_wrong_keys() -> None:

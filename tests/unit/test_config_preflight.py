@@ -48,7 +48,6 @@ def test_7b_configs_lack_nothing_but_data(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("lora.enable=true", "LoRA isn't built yet"),
         ("ttt.persistent_states=true", "ttt.persistent_states"),
         ("ttt.log_inner_loop_losses=true", "ttt.log_inner_loop_losses"),
         ("ttt.save_inner_loop_plots=true", "ttt.save_inner_loop_plots"),
@@ -213,6 +212,10 @@ def test_warnings(tmp_path: Path) -> None:
     config = demo(tmp_path, "duration_sec=1", "do_eval=false", "optim.ttt_lr=1")
     keys = [warning.split(":")[0] for warning in run_warnings(config)]
     assert keys == ["duration_sec", "ttt.mini_batch_size", "eval_freq"]
+    lora = ["full_finetuning=false", "save_adapters=false", "lora.ft_embed=true"]
+    assert [w.split(":")[0] for w in run_warnings(demo(tmp_path, *lora))] == ["lora.ft_embed"]
+    lora.append("lora.enable=true")
+    assert [w.split(":")[0] for w in run_warnings(demo(tmp_path, *lora))] == ["save_adapters"]
     assert run_warnings(demo(tmp_path)) == []
 
 

@@ -7,6 +7,7 @@ import torch
 from launch.parameter_table import parameter_table
 from tests.distributed.tiny import LM_CONFIG, ttt_placement
 from ttt_dist.moshi.build import build_model, freeze_base, is_ttt_parameter
+from ttt_dist.moshi.lora import LoRASettings, is_adapter_parameter
 
 
 def rows_of(lines: list[str]) -> dict[str, list[int]]:
@@ -34,6 +35,16 @@ def test_a_frozen_base_has_weights_alone():
         parameters, trained, weights, gradients, moments = rows[name]
         assert (trained, gradients, moments) == (0, 0, 0)
         assert weights == 2 * parameters > 0
+
+
+def test_adapters_have_a_row_of_their_own():
+    model = build_model(LM_CONFIG, None, LoRASettings(4, 2.0), device="cpu")
+    freeze_base(model, torch.bfloat16)
+    rows = rows_of(parameter_table(model))
+    adapters = sum(p.numel() for n, p in model.named_parameters() if is_adapter_parameter(n))
+    assert rows["LoRA adapters"] == [adapters, adapters, 4 * adapters, 4 * adapters, 8 * adapters]
+    base = sum(p.numel() for p in build_model(LM_CONFIG, None).parameters())
+    assert rows["all"] == [base + adapters, adapters, 2 * base + 4 * adapters, *rows["all"][3:]]
 
 
 def test_parts_that_are_not_there_are_left_out():

@@ -15,6 +15,7 @@ from moshi.modules.transformer import StreamingTransformer, StreamingTransformer
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTBlock, TTTMoshi
+from ttt_dist.moshi.lora import LoRASettings, add_adapters, is_adapter_parameter
 
 # Parts of the released Moshi family that this project does not train yet: key -> what it is.
 _UNBUILT = {
@@ -115,6 +116,7 @@ def lm_settings(lm_config: dict[str, Any] | None) -> dict[str, Any]:
 def build_model(
     lm_config: dict[str, Any] | None,
     ttt: TTTPlacement | None,
+    lora: LoRASettings | None = None,
     *,
     device: torch.device | str = "meta",
     dtype: torch.dtype = torch.float32,
@@ -124,8 +126,9 @@ def build_model(
     Args:
         lm_config: the release's `lm_config`; None means Moshi 7B's, as in moshi.
         ttt: None leaves Moshi as it is.
-        device: "meta" allocates nothing; fill with `weights.load_base_weights` and
-            `weights.init_ttt_weights`.
+        lora: adapters of all linear layers of Moshi's; None for none.
+        device: "meta" allocates nothing; fill with `weights.load_base_weights`,
+            `weights.init_ttt_weights` and `weights.init_adapters`.
         dtype: of all parameters (the master weights).
 
     Raises:
@@ -143,6 +146,8 @@ def build_model(
         depformer_layer_class=HybridStreamingTransformerLayer,
         **kwargs,
     )
+    if lora is not None:
+        add_adapters(model, lora, dtype)
     if ttt is not None:
         layers = transformer_layers(model)
         for index in ttt.layers:
@@ -164,13 +169,18 @@ def depformer_layers(model: LMModel) -> list[HybridStreamingTransformerLayer]:
     return cast("list[HybridStreamingTransformerLayer]", list(model.depformer.layers))
 
 
-def freeze_base(model: TTTMoshi, dtype: torch.dtype) -> None:
-    """Train TTT alone: Moshi's own parameters get no gradient and are kept in `dtype`.
+def freeze_base(model: TTTMoshi, dtype: torch.dtype, *, train_embeddings: bool = False) -> None:
+    """Train TTT and adapters alone: Moshi's own parameters get no gradient, kept in `dtype`.
 
     Call it on the meta device, before the model is sharded.
+
+    Args:
+        train_embeddings: train the parameters with "emb" in their names too, as moshi-finetune
+            chooses them (`lora.ft_embed`).
     """
     for name, parameter in model.named_parameters():
-        if not is_ttt_parameter(name):
+        added = is_ttt_parameter(name) or is_adapter_parameter(name)
+        if not (added or (train_embeddings and "emb" in name)):
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(dtype)
 

@@ -102,6 +102,10 @@ def _unflattened(stock: nn.Linear, parts: int) -> nn.Parameter:
     return nn.Parameter(stock.weight.data.unflatten(0, (parts, -1)))
 
 
+def own_rows(weight: Tensor) -> Tensor:
+    """This rank's rows of every part of `weight [parts, rows, inputs]`, as one matrix."""
+    return to_local(weight, grad_placements=BY_BLOCK_ROW).flatten(0, 1)
+
+
 def _project(x: Tensor, weight: Tensor) -> Tensor:
-    own = to_local(weight, grad_placements=BY_BLOCK_ROW)  # [parts, own rows, inputs]
-    return F.linear(enter_shards(x, like=weight), own.flatten(0, 1))
+    return F.linear(enter_shards(x, like=weight), own_rows(weight))

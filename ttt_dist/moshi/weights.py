@@ -8,6 +8,7 @@ the parameter's name alone, so they are the same whatever the layout.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ttt_dist.layer import initial_value
 from ttt_dist.moshi.build import is_ttt_parameter
 from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.lora import is_adapter_parameter, released_name
 from ttt_dist.moshi.packed import packed_parameters
 from ttt_dist.moshi.tensor_files import FLOAT_DTYPES, TensorFiles
 from ttt_dist.placement import place_into, shard_slices
@@ -34,6 +36,8 @@ _PACKED = (
 
 def load_base_weights(model: nn.Module, path: Path) -> set[str]:
     """Copy a release's weights into the parameters, in place: Moshi's, and TTT's where it has any.
+
+    Adapters' (`lora.py`) are left alone; the weights that they are put on have other names here.
 
     Only this rank's slices are read, one parameter at a time.
 
@@ -51,9 +55,13 @@ def load_base_weights(model: nn.Module, path: Path) -> set[str]:
             dtype: all of them in one message, before any value is copied. TTT parameters alone may
             be missing, and only all together.
     """
-    wanted = dict(model.named_parameters())
+    wanted = {
+        released_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if not is_adapter_parameter(name)
+    }
     ttt = {name for name in wanted if is_ttt_parameter(name)}
-    packed = packed_parameters(model)
+    packed = {released_name(name) for name in packed_parameters(model)}
     with TensorFiles(path) as files:
         if not any(map(is_ttt_parameter, files.keys())):
             wanted = {name: value for name, value in wanted.items() if name not in ttt}
@@ -159,6 +167,28 @@ def init_ttt_weights(model: nn.Module, seed: int, loaded: Collection[str] = ()) 
                 initial_value(name, full, seeded_generator(seed, name))
             fill_own(parameter, full[shard_slices(parameter)])
             count += parameter.numel()
+    return count
+
+
+def init_adapters(model: nn.Module, seed: int) -> int:
+    """Give every adapter its initial value, the same on every layout, as moshi-finetune does.
+
+    `lora_A` is uniform within 1 / sqrt(inputs) (Kaiming's rule with a = sqrt(5)), `lora_B` is 0: at
+    the start a model computes what it does without adapters.
+
+    Returns:
+        The number of parameters' elements initialised.
+    """
+    count = 0
+    for name, parameter in model.named_parameters():
+        if not is_adapter_parameter(name):
+            continue
+        full = torch.zeros(parameter.shape, dtype=torch.float32)
+        if ".lora_A." in name:
+            generator = seeded_generator(seed, name)
+            nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
+        fill_own(parameter, full[shard_slices(parameter)])
+        count += parameter.numel()
     return count
 
 
