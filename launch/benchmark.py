@@ -1,11 +1,12 @@
 """How fast and how lean the scan and the TTT layer are, forward and backward.
 
     python -m launch.benchmark [--what scan|layer|both] [--op mlp|linear] [--shapes B,H,d,h,C …]
-        [--lengths L …] [--json FILE] [--help]
+        [--lengths L …] [--compiled] [--json FILE] [--help]
 
 A scan is timed in turn with its slow twin, the dual form under autograd with checkpoint groups of
-16 mini-batches, on the same fresh random inputs in each pair; a layer in turn with its own scan.
-Before anything is timed, outputs, returned states and all gradients of scan and twin are compared.
+16 mini-batches, on the same fresh random inputs in each pair; a layer in turn with its own scan,
+and with the same layer around the twin. Before anything is timed, outputs, returned states and all
+gradients of scan and twin, and of both layers, are compared.
 Each measurement is one JSON object a line; tables for reading follow.
 
 Exit code 0: measured; 1: results disagree, memory ran out, or a process of --resident failed; 2:
@@ -22,7 +23,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,7 @@ from launch.benchmark_cases import (
     FAST,
     TWIN,
     Case,
+    TwinLayer,
     Workload,
     flops_counted,
     layer_config,
@@ -41,7 +42,7 @@ from launch.benchmark_cases import (
     scan_flops,
     scan_workload,
 )
-from launch.benchmark_measure import DisagreementError, Seconds
+from launch.benchmark_measure import DisagreementError, medians, spread
 from launch.benchmark_report import Row, tables
 from launch.benchmark_resident import ResidentError, resident_bytes, resident_supported
 from launch.errors import UserError, exit_with
@@ -66,6 +67,7 @@ class Settings:
     group_size: int | None
     threads: int
     resident: bool
+    compiled: bool
     json: Path | None
 
 
@@ -89,6 +91,7 @@ def read_arguments(arguments: Sequence[str]) -> Settings:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--group-size", metavar="N", help="mini-batches between saved states; default: the op's")
     add("--resident", action="store_true", help="also peak resident bytes of scans, on a CPU")
+    add("--compiled", action="store_true", help="compile the scan's elementwise code; not the twin")
     add("--json", metavar="FILE", help="append the rows to FILE; default: standard output")
     found = parser.parse_args(arguments)
     problems: list[str] = []
@@ -116,6 +119,8 @@ def read_arguments(arguments: Sequence[str]) -> Settings:
         problems.append("--device: found 'cuda', but torch sees no GPU here; allowed is 'cpu'")
     if found.resident and (device.type != "cpu" or not resident_supported()):
         problems.append("--resident: allowed with --device cpu, on Linux")
+    if found.resident and found.compiled:
+        problems.append("--resident: allowed without --compiled")
     plan = dict.fromkeys(shapes, (1024,)) if shapes else DEFAULT
     cases = []
     for (B, H, d, h, C), usual in plan.items():
@@ -133,7 +138,9 @@ def read_arguments(arguments: Sequence[str]) -> Settings:
         problems.append(f"--json: found {found.json!r}, allowed is a file in an existing folder")
     if problems:
         raise UserError(problems, title="benchmark can't start")
-    return Settings(what, tuple(cases), pairs, group_size, threads, found.resident, path)
+    return Settings(
+        what, tuple(cases), pairs, group_size, threads, found.resident, found.compiled, path
+    )
 
 
 def _default_shapes() -> str:
@@ -145,8 +152,19 @@ def _default_shapes() -> str:
 
 def scan_sides(case: Case, settings: Settings) -> tuple[Workload, Workload]:
     """The scan and its slow twin."""
-    grouped = {} if settings.group_size is None else {"checkpoint_group_size": settings.group_size}
-    return scan_workload(case, FAST[case.inner], **grouped), scan_workload(case, TWIN[case.inner])
+    fast: dict[str, Any] = {"compiled": settings.compiled}
+    if settings.group_size is not None:
+        fast["checkpoint_group_size"] = settings.group_size
+    return scan_workload(case, FAST[case.inner], **fast), scan_workload(case, TWIN[case.inner])
+
+
+def layer_sides(case: Case, settings: Settings) -> tuple[Workload, Workload]:
+    """The layer, and the same one around the slow twin."""
+    config = layer_config(case, settings.group_size)
+    return (
+        layer_workload(case, config, compiled=settings.compiled),
+        layer_workload(case, config, TwinLayer),
+    )
 
 
 def measure_scan(case: Case, settings: Settings, seed: int) -> Row:
@@ -157,14 +175,14 @@ def measure_scan(case: Case, settings: Settings, seed: int) -> Row:
     rates = _machine(case)
     pairs = measure.interleaved(fast, twin, settings.pairs, seed + 2, case.device)
     ours, twins = zip(*pairs, strict=True)
-    row = _times(ours) | {f"twin_{key}": value for key, value in _times(twins).items()}
+    row = medians(ours) | {f"twin_{key}": value for key, value in medians(twins).items()}
     for prefix, seconds in (
         ("", lambda s: s.total),
         ("forward_", lambda s: s.forward),
         ("backward_", lambda s: s.backward),
         ("cpu_", lambda s: s.cpu),
     ):
-        row |= _spread(f"{prefix}ratio", [seconds(b) / seconds(a) for a, b in pairs])
+        row |= spread(f"{prefix}ratio", [seconds(b) / seconds(a) for a, b in pairs])
     row |= {
         "peak_bytes": peak,
         "twin_peak_bytes": twin_peak,
@@ -192,15 +210,26 @@ def measure_scan(case: Case, settings: Settings, seed: int) -> Row:
 
 
 def measure_layer(case: Case, settings: Settings, seed: int) -> Row:
-    """The layer beside a scan as it runs one."""
-    config = layer_config(case, settings.group_size)
-    layer = layer_workload(case, config)
-    scan = scan_workload(case, FAST[case.inner], checkpoint_group_size=config.checkpoint_group_size)
-    peak, _ = (measure.peak_bytes(side, seed + 1, case.device) for side in (layer, scan))
+    """The layer beside a scan as it runs one, and beside a layer around the twin."""
+    group = layer_config(case, settings.group_size).checkpoint_group_size
+    layer, twin = layer_sides(case, settings)
+    scan, _ = scan_sides(case, replace(settings, group_size=group))
+    peak, twin_peak, _ = (
+        measure.peak_bytes(side, seed + 1, case.device) for side in (layer, twin, scan)
+    )
     rates = _machine(case)
     pairs = measure.interleaved(layer, scan, settings.pairs, seed + 2, case.device)
-    row = _times([whole for whole, _ in pairs]) | {"peak_bytes": peak}
-    row |= _spread("scan_share", [part.total / whole.total for whole, part in pairs])
+    row = medians([whole for whole, _ in pairs])
+    row |= spread("scan_share", [part.total / whole.total for whole, part in pairs])
+    pairs = measure.interleaved(layer, twin, settings.pairs, seed + 2, case.device)
+    row |= {f"twin_{key}": value for key, value in medians([slow for _, slow in pairs]).items()}
+    row |= spread("ratio", [slow.total / fast.total for fast, slow in pairs])
+    row |= spread("cpu_ratio", [slow.cpu / fast.cpu for fast, slow in pairs])
+    row |= {
+        "peak_bytes": peak,
+        "twin_peak_bytes": twin_peak,
+        "memory_ratio": peak / twin_peak,
+    }
     counted = flops_counted(case, "layer")
     row |= _arithmetic(case, layer_flops(case), counted, row["seconds"], rates)
     if case.device.type == "cuda":
@@ -213,19 +242,6 @@ def _machine(case: Case) -> dict[str, float]:
         "matmul_peak": measure.matmul_peak(case.dtype, case.device),
         "copy_bandwidth": measure.copy_bandwidth(case.device),
     }
-
-
-def _times(steps: Sequence[Seconds]) -> Row:
-    return {
-        "seconds": median(step.total for step in steps),
-        "forward_seconds": median(step.forward for step in steps),
-        "backward_seconds": median(step.backward for step in steps),
-        "cpu_seconds": median(step.cpu for step in steps),
-    }
-
-
-def _spread(name: str, values: Sequence[float]) -> Row:
-    return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def _arithmetic(
@@ -245,26 +261,27 @@ def _arithmetic(
     return row
 
 
-def compare_scans(case: Case, settings: Settings, seed: int) -> float:
-    """The worst relative difference of scan and slow twin. Raises DisagreementError."""
+def compare(what: str, case: Case, settings: Settings, seed: int) -> float:
+    """The worst relative difference of scan or layer and its twin. Raises DisagreementError."""
+    sides = (scan_sides if what == "scan" else layer_sides)(case, settings)
     try:
-        return measure.check_agreement(*scan_sides(case, settings), seed, case.dtype)
+        return measure.check_agreement(*sides, seed, case.dtype)
     except DisagreementError as error:
-        raise DisagreementError(f"scan {case}: {error}") from None
+        raise DisagreementError(f"{what} {case}: {error}") from None
 
 
 def run(settings: Settings) -> Iterator[Row]:
     """Rows as they are measured. Raises DisagreementError, before that case is timed."""
     machine = platform.processor() or platform.machine()
     done: dict[tuple[str, Case | None], Row] = {}
-    differences: dict[Case, float] = {}
     for what in settings.what:
         for case in settings.cases:
             print(f"benchmark: {what} {case} …", file=sys.stderr, flush=True)
             # No two repetitions of a command share their inputs.
             seed = len(done) * (settings.pairs + 2)
-            if case not in differences:
-                differences[case] = compare_scans(case, settings, seed)
+            # The first call compiles, where anything is compiled.
+            first = measure.timed_step(_fast_side(what, case, settings), seed, case.device).total
+            difference = compare(what, case, settings, seed)
             found = (measure_scan if what == "scan" else measure_layer)(case, settings, seed)
             on_gpu = case.device.type == "cuda"
             row: Row = {
@@ -278,12 +295,18 @@ def run(settings: Settings) -> Iterator[Row]:
                 "torch": torch.__version__,
                 "pairs": settings.pairs,
                 "group_size": settings.group_size,
-                "worst_difference": differences[case],
+                "compiled": settings.compiled,
+                "first_seconds": first,
+                "worst_difference": difference,
                 **found,
                 **_growth(found, done.get((what, _quarter(case)))),
             }
             done[what, case] = row
             yield row
+
+
+def _fast_side(what: str, case: Case, settings: Settings) -> Workload:
+    return (scan_sides if what == "scan" else layer_sides)(case, settings)[0]
 
 
 def _quarter(case: Case) -> Case | None:

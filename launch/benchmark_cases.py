@@ -127,12 +127,32 @@ def layer_config(case: Case, group_size: int | None) -> TTTConfig:
     return config if group_size is None else replace(config, checkpoint_group_size=group_size)
 
 
-def layer_workload(case: Case, config: TTTConfig) -> Workload:
-    """A TTT layer with initial parameters drawn anew, on `x [B, L, D]` of standard normals."""
+class TwinLayer(TTTLayer):
+    """The same layer around the slow twin, with the twin's own checkpoint groups."""
+
+    def scan_op(self) -> ScanOp:
+        twin = TWIN[self.config.inner_model]
+
+        def run(
+            *tensors: Any, checkpoint_group_size: int | None, compiled: bool, **settings: Any
+        ) -> tuple[Tensor, InnerState]:
+            return twin(*tensors, **settings)
+
+        return run
+
+
+def layer_workload(
+    case: Case, config: TTTConfig, kind: type[TTTLayer] = TTTLayer, *, compiled: bool = False
+) -> Workload:
+    """A TTT layer with initial parameters drawn anew, on `x [B, L, D]` of standard normals.
+
+    `compiled`: the scan's own elementwise code; nothing around it.
+    """
 
     def draw(seed: int) -> Drawn:
         generator = torch.Generator(case.device).manual_seed(seed)
-        layer = TTTLayer(config, device=case.device, dtype=case.dtype)
+        layer = kind(config, device=case.device, dtype=case.dtype)
+        layer.compiled = compiled
         layer.reset_parameters(generator)
         shape = (case.B, case.L, config.model_dim)
         x, grad = (

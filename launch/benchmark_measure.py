@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -89,6 +90,21 @@ class Seconds:
     @property
     def total(self) -> float:
         return self.forward + self.backward
+
+
+def medians(steps: Sequence[Seconds]) -> dict[str, float]:
+    """Of wall time, forward and backward, and of CPU time, as columns of a row."""
+    return {
+        "seconds": median(step.total for step in steps),
+        "forward_seconds": median(step.forward for step in steps),
+        "backward_seconds": median(step.backward for step in steps),
+        "cpu_seconds": median(step.cpu for step in steps),
+    }
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most, as columns of a row."""
+    return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def synchronize(device: torch.device) -> None:

@@ -27,7 +27,7 @@ def tables(rows: Sequence[Row]) -> str:
         parts += ["Scan, and its slow twin:", *align([SCAN_HEAD, *map(_scan_cells, scans)]), ""]
     if layers:
         parts += [
-            "Layer, and the scan in it:",
+            "Layer, its twin around the slow scan, and the scan in it:",
             *align([LAYER_HEAD, *map(_layer_cells, layers)]),
             "",
         ]
@@ -78,8 +78,11 @@ LAYER_HEAD = (
     "time",
     "forward",
     "backward",
+    "twin",
+    "faster",
     "scan's share",
     "memory",
+    "ratio",
     "t(L)/t(L/4)",
     "m(L)/m(L/4)",
     "peak",
@@ -122,8 +125,11 @@ def _layer_cells(row: Row) -> tuple[str, ...]:
         _ms(row["seconds"]),
         _ms(row["forward_seconds"]),
         _ms(row["backward_seconds"]),
+        _ms(row["twin_seconds"]),
+        f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})",
         f"{row['scan_share']:.0%} ({row['scan_share_min']:.0%} - {row['scan_share_max']:.0%})",
         _mib(row["peak_bytes"]),
+        f"{row['memory_ratio']:.2f}",
         _times(row["growth_seconds"]),
         _times(row["growth_peak_bytes"]),
         f"{row['share_of_matmul_peak']:.1%}",

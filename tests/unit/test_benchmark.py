@@ -18,6 +18,7 @@ from launch.benchmark_cases import (
 )
 from launch.benchmark_measure import DisagreementError, check_agreement, peak_bytes
 from launch.benchmark_resident import resident_bytes, resident_supported
+from ttt_dist.layer import TTTLayer
 from ttt_dist.ops import ttt_mlp
 from ttt_dist.ops.dual_form import dual_form_linear, dual_form_mlp
 
@@ -59,7 +60,7 @@ def test_rows(op, tmp_path, capsys):
         assert short["growth_seconds"] is None
         assert long["growth_seconds"] == pytest.approx(long["seconds"] / short["seconds"])
         assert 1 < long["growth_peak_bytes"] < 6
-    for row in rows[:2]:
+    for row in rows:
         assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
         assert row["memory_ratio"] == row["peak_bytes"] / row["twin_peak_bytes"]
         # Two float32 forms of the same sums.
@@ -110,6 +111,22 @@ def test_one_wrong_gradient_is_found_and_named(name):
     wrong = scan_workload(case, broken_gradient(name))
     with pytest.raises(DisagreementError, match=f"gradient of {name} 1.0e-03"):
         check_agreement(wrong, right, 0, case.dtype)
+
+
+def test_a_layer_is_compared_with_its_twin(monkeypatch, capsys):
+    monkeypatch.setattr(TTTLayer, "scan_op", lambda self: broken_gradient("k"))
+    assert benchmark.main([*TINY, "--what", "layer"]) == 1
+    told = capsys.readouterr().err
+    assert "layer mlp B 1 H 2 d 8 h 16 C 4 L 10" in told
+    assert "gradient of wk.weight" in told
+
+
+@pytest.mark.integration  # compiling takes seconds
+def test_compiled_rows(capsys):
+    assert benchmark.main([*TINY, "--compiled", "--what", "scan"]) == 0
+    rows = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith("{")]
+    assert all(row["compiled"] for row in rows)
+    assert rows[0]["first_seconds"] > rows[0]["seconds"]
 
 
 def test_results_that_are_not_finite_disagree():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.ops_cases import FRAMES, OPS, TWINS, gradients, make_case, objective, relative
+from ttt_dist.ops.products import Products
 from ttt_dist.ops.state import InnerState
 
 INNER = ["mlp", "linear"]
@@ -208,3 +209,18 @@ def test_bfloat16_operands_over_1024_steps(inner):
     exact, rounded = results
     errors = {n: relative(rounded[n], exact[n]) for n in exact}
     assert max(errors.values()) < 1e-2, errors
+
+
+def test_biases_are_not_rounded():
+    """Operands are bfloat16's, what stands for a bias stays float32's: 1e-6 for sums of 16."""
+    products = Products(torch.bfloat16, torch.float32)
+    g = torch.Generator().manual_seed(0)
+    x, w, y = (torch.randn(2, *shape, generator=g) for shape in ((16, 5), (5, 8), (16, 8)))
+    x[..., -1] = 1.0
+    rounded = x[..., :-1].bfloat16().float() @ w[:, :-1].bfloat16().float()
+    assert relative(products.mul(x, w, bias=True), rounded + w[:, -1:]) < 1e-6
+    assert relative(products.add(y.clone(), x, w, bias=True), y + rounded + w[:, -1:]) < 1e-6
+    changed = products.update(w.clone(), x.mT, y, alpha=-1.0)
+    assert relative(changed[:, -1:], w[:, -1:] - y.sum(1, keepdim=True)) < 1e-6
+    expected = x.mT.bfloat16().float() @ y.bfloat16().float()
+    assert relative(changed[:, :-1], (w - expected)[:, :-1]) < 1e-6

@@ -68,9 +68,9 @@ class LinearGroup:
             strict=True,
         )
         for m, (W1, W1_next, kq, k_T, eta, shift, y, z, G) in enumerate(steps):
-            products.mul(kq, W1, out=y)
+            products.mul(kq, W1, out=y, bias=True)
             loss, rate = self.loss.gradient(z, shift, eta, G)
-            products.add(W1, k_T, G, alpha=-1.0, out=W1_next)
+            products.update(W1, k_T, G, alpha=-1.0, out=W1_next)
             if m == 0 and frames.pending is not None:
                 W1_next.addcmul_(frames.completed[0], frames.pending[0], value=-1.0)
             self.losses.append(loss)
@@ -84,7 +84,7 @@ class LinearGroup:
         learnt = products.mul(self.A, flat(self.G)).unflatten(0, (self.n, -1))
         self.Y = self.y[:, :, C:].sub_(learnt)
         if frames.pending is not None:
-            self.Y[0].sub_(products.mul(frames.kq[0, :, C:], frames.pending[0]))
+            self.Y[0].sub_(products.mul(frames.kq[0, :, C:], frames.pending[0], bias=True))
 
     def backward(
         self, frames: Frames, weights: list[Tensor], d_out: Tensor, d_weights: list[Tensor]
@@ -146,7 +146,7 @@ class LinearGroup:
             )
         )
         for m, k, kq_T, G, loss, rate, y, dZ, dG_m, dk_m, da_m in reversed(steps):
-            products.add(dG_m, k, U1, alpha=-1.0)
+            products.add(dG_m, k, U1, alpha=-1.0, bias=True)
             dz, da = self.loss.backward(dG_m * rate, loss)
             dZ.copy_(dz)
             da_m.copy_(da)
@@ -154,5 +154,5 @@ class LinearGroup:
             if m == 0 and grads.pending is not None:
                 d_pending = torch.mul(U1, frames.completed[0], out=grads.pending[0]).neg_()
                 q_T, dY = frames.kq[0, :, C:].mT, self.y[0, :, C:]
-                products.add(d_pending, q_T, dY, alpha=-1.0)
-            products.add(U1, kq_T, y)
+                products.update(d_pending, q_T, dY, alpha=-1.0)
+            products.update(U1, kq_T, y)

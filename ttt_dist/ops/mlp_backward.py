@@ -75,11 +75,11 @@ class MlpBackward:
         for m, (tokens, k, k_T, eta, mask, shift) in enumerate(steps):
             W1, W2, W2_T = self._states[m]
             W1_next, W2_next, _ = self._states[m + 1]
-            products.mul(k, W1, out=tokens.Z1)
+            products.mul(k, W1, out=tokens.Z1, bias=True)
             loss, rate = tokens.fill(products, self.gelu, self.loss, W2, W2_T, shift, eta)
             G1 = torch.mul(tokens.P, tokens.slope, out=self.G1[0])
-            products.add(W1, k_T, G1, alpha=-1.0, out=W1_next)
-            products.add(W2, tokens.X2_T, tokens.G2 * mask, alpha=-1.0, out=W2_next)
+            products.update(W1, k_T, G1, alpha=-1.0, out=W1_next)
+            products.update(W2, tokens.X2_T, tokens.G2 * mask, alpha=-1.0, out=W2_next)
             if m == 0 and frames.pending is not None:
                 W1_next.addcmul_(mask, frames.pending[0], value=-1.0)
                 W2_next.addcmul_(mask, frames.pending[1], value=-1.0)
@@ -120,11 +120,11 @@ class _Slab:
         self.G1 = torch.mul(group.tokens.P[part], group.tokens.slope[part], out=group.G1[:s])
         self.A1 = lower_triangle_(products.mul(q, k.mT), causal)
         Y1 = group.Y1[:s]
-        products.mul(q, flat(self.W1), out=flat(Y1))
+        products.mul(q, flat(self.W1), out=flat(Y1), bias=True)
         products.add(flat(Y1), self.A1, flat(self.G1), alpha=-1.0)
         pending = frames.pending
         if self.first and pending is not None:
-            Y1[0].sub_(products.mul(self.kq[0, :, C:], pending[0]))
+            Y1[0].sub_(products.mul(self.kq[0, :, C:], pending[0], bias=True))
         # X2 over Xb over dP, and beside them dZ2 over dY2 over G2: one product sums dW2 up.
         self.x, self.y = group.x[:s], group.y[:s]
         self.Xb = self.x[:, :, C : 2 * C]
@@ -132,11 +132,11 @@ class _Slab:
         group.gelu.value_and_derivative(Y1, self.Xb[..., :h], self.slope_y)
         Xb = flat(self.Xb)
         self.A2 = lower_triangle_(products.mul(Xb, flat(self.X2).mT), causal)
-        Y2 = products.mul(Xb, flat(self.W2))
+        Y2 = products.mul(Xb, flat(self.W2), bias=True)
         products.add(Y2, self.A2, flat(self.G2), alpha=-1.0)
         self.Y2 = Y2.unflatten(0, (s, N))
         if self.first and pending is not None:
-            self.Y2[0].sub_(products.mul(self.Xb[0], pending[1]))
+            self.Y2[0].sub_(products.mul(self.Xb[0], pending[1], bias=True))
 
     def walk_back(self, d_out: Tensor, d_weights: list[Tensor], grads: FrameGradients) -> None:
         """Fill this slab's part of `grads`; replace the weights' gradients by those before it."""
@@ -251,8 +251,8 @@ class _Slab:
             m, mask, k_m, kq_T, X2_m, W2_m, W2_T, G1_m, G2_m, slope, curve, hidden, dZ1, x_T, dP,
             y, dZ2_row, dG1_m, dG2_m, dX2_m, dk_m, da_m,
         ) in reversed(steps):  # fmt: skip
-            products.add(dG1_m, k_m, U1, alpha=-1.0)
-            dG2_m.addcmul_(mask, products.mul(X2_m, U2_rows), value=-1.0)
+            products.add(dG1_m, k_m, U1, alpha=-1.0, bias=True)
+            dG2_m.addcmul_(mask, products.mul(X2_m, U2_rows, bias=True), value=-1.0)
             torch.mul(dG1_m, slope, out=dP)
             products.add(dG2_m, dP, W2_m)
             u = dG2_m * group.rates[m]
@@ -265,13 +265,13 @@ class _Slab:
             products.mul(G1_m, U1_T, out=dk_m)
             if m == 0 and grads.pending is not None:
                 self._pending_gradients(U1, U2, grads.pending)
-            products.add(U1, kq_T, hidden)
-            products.add(U2, x_T, y)
+            products.update(U1, kq_T, hidden)
+            products.update(U2, x_T, y)
 
     def _pending_gradients(self, U1: Tensor, U2: Tensor, d_pending: list[Tensor]) -> None:
         C, products = self.group.C, self.group.settings.products
         q, Xb, completed = self.kq[0, :, C:], self.Xb[0], self.frames.completed[0]
         torch.mul(U1, completed, out=d_pending[0]).neg_()
         torch.mul(U2, completed, out=d_pending[1]).neg_()
-        products.add(d_pending[0], q.mT, self.hidden[0, :, C:], alpha=-1.0)
-        products.add(d_pending[1], Xb.mT, self.y[0, :, C : 2 * C], alpha=-1.0)
+        products.update(d_pending[0], q.mT, self.hidden[0, :, C:], alpha=-1.0)
+        products.update(d_pending[1], Xb.mT, self.y[0, :, C : 2 * C], alpha=-1.0)

@@ -67,7 +67,7 @@ class HiddenTokens:
             The inner losses' gradients, and `η r` `[N, C, 1]`.
         """
         gelu.value_and_derivative(self.Z1, self.x2, self.slope)
-        loss, rate = losses.gradient(products.mul(self.X2, W2), shift, eta, self.G2)
+        loss, rate = losses.gradient(products.mul(self.X2, W2, bias=True), shift, eta, self.G2)
         products.mul(self.G2, W2_T, out=self.P)
         return loss, rate
 
@@ -106,22 +106,22 @@ class MlpForward:
         )
         for m, (k_m, q_m, k_T, eta, completed, shift, A1_m, Y2_m) in enumerate(steps):
             # Not one product with the queries: backward repeats this one, to the last bit.
-            products.mul(k_m, W1, out=tokens.Z1)
+            products.mul(k_m, W1, out=tokens.Z1, bias=True)
             tokens.fill(products, self.gelu, self.losses, W2, W2_T, shift, eta)
             G1 = tokens.P.mul_(tokens.slope)
-            products.mul(q_m, W1, out=Y1)
+            products.mul(q_m, W1, out=Y1, bias=True)
             products.add(Y1, A1_m, G1, alpha=-1.0)
             pending = frames.pending if m == 0 else None
             if pending is not None:
-                Y1.sub_(products.mul(q_m, pending[0]))
+                Y1.sub_(products.mul(q_m, pending[0], bias=True))
             self.gelu.value(Y1, Xb_rows)
             A2 = lower_triangle_(products.mul(Xb, tokens.X2_T), causal)
-            products.mul(Xb, W2, out=Y2_m)
+            products.mul(Xb, W2, out=Y2_m, bias=True)
             products.add(Y2_m, A2, tokens.G2, alpha=-1.0)
             if pending is not None:
-                Y2_m.sub_(products.mul(Xb, pending[1]))
-            products.add(W1, k_T, G1, alpha=-1.0)
-            products.add(W2, tokens.X2_T, tokens.G2.mul_(completed), alpha=-1.0)
+                Y2_m.sub_(products.mul(Xb, pending[1], bias=True))
+            products.update(W1, k_T, G1, alpha=-1.0)
+            products.update(W2, tokens.X2_T, tokens.G2.mul_(completed), alpha=-1.0)
             if pending is not None:
                 W1.addcmul_(completed, pending[0], value=-1.0)
                 W2.addcmul_(completed, pending[1], value=-1.0)
