@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Speed:
 
     audio_sec: float
     work_sec: float
-    frame_sec: tuple[float, ...]
+    frame_sec: Sequence[float]
 
     def __str__(self) -> str:
         frames = np.array(self.frame_sec) * 1000
@@ -189,7 +190,7 @@ def talk(
     """Stream `audio` through the model, writing what Moshi says as it comes."""
     silent = frozenset({model.text_padding_token_id, model.end_of_text_padding_id})
     words = MoshiText(codec.tokenizer, silent)
-    times = []
+    times = array("d")
     with ExitStack() as stack:
         wav = stack.enter_context(MoshiAudio(out))
         transcript = None
@@ -208,7 +209,7 @@ def talk(
             bar.update()
         if transcript is not None:
             transcript.write("\n")
-    return Speed(len(times) / FRAME_RATE, last - begin, tuple(times))
+    return Speed(len(times) / FRAME_RATE, last - begin, times)
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import torch
 from moshi.models.lm import LMGen, LMOutput
 from torch import Tensor
 
-from tests.distributed.tiny import TTT_LAYERS, ttt_placement
+from tests.distributed.tiny import LM_CONFIG, TTT_LAYERS, save_release_weights, ttt_placement
 from tests.unit.moshi_cases import clean_codes, hybrid_model, set_windows
 from tests.unit.streaming_cases import (
     copies,
@@ -21,8 +21,10 @@ from tests.unit.streaming_cases import (
 )
 from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.block import TTTBlock
-from ttt_dist.moshi.build import transformer_layers, without_ttt
+from ttt_dist.moshi.build import build_model, transformer_layers, without_ttt
+from ttt_dist.moshi.lora import LoRASettings, is_adapter_parameter
 from ttt_dist.moshi.streaming import TTTLayerState
+from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
 
 # Mini-batches of 8, windows of 5 and 7 frames: 8 mini-batch borders and a remainder, and 9 to 13
 # windows.
@@ -50,6 +52,26 @@ def test_stepwise_equals_the_training_forward(inner):
     assert largest_difference(joined(model, steps, expected), expected) < TOLERANCE
     assert not model.is_streaming
     assert largest_difference(model(codes), expected) == 0
+
+
+@torch.no_grad()
+def test_adapters_stream_too(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_release_weights(path)
+    model = build_model(LM_CONFIG, ttt_placement(), LoRASettings(5, 2.0), device="cpu").eval()
+    load_base_weights(model, path)
+    init_ttt_weights(model, seed=0)
+    for name, value in model.named_parameters():
+        if is_adapter_parameter(name):
+            value.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    set_windows(model)
+    codes = clean_codes(2, 20)
+    expected, sequence = model(codes), in_steps(model, codes)
+    with model.streaming(2):
+        steps = [
+            step(model, sequence[:, :, t : t + 1], sequence[:, :, t + 1 : t + 2]) for t in range(20)
+        ]
+    assert largest_difference(joined(model, steps, expected), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("inner", ["mlp", "linear", "deep"])
