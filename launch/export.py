@@ -46,7 +46,7 @@ from ttt_dist.moshi.context import (
     read_attention_contexts,
 )
 from ttt_dist.moshi.errors import ReleaseError
-from ttt_dist.moshi.packed import packed_parameters
+from ttt_dist.moshi.packed import stock_state_dict
 from ttt_dist.moshi.release import open_release
 from ttt_dist.moshi.released_ttt import SECTION
 from ttt_dist.moshi.tensor_writer import TensorSpec, TensorWriter
@@ -57,8 +57,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "mimi.safetensors"
 MIMI_CONFIG_FILE = "mimi_config.json"
 UNBUILT = {
-    "--merge-lora": "LoRA isn't built yet, so there are no adapters to merge; leave it out",
-    "--adapters-only": "LoRA isn't built yet, so there are no adapters to write; leave it out",
+    "--merge-lora": "merging LoRA adapters into an export isn't built yet; leave it out",
+    "--adapters-only": "exporting LoRA adapters isn't built yet; leave it out",
 }
 
 
@@ -136,13 +136,6 @@ def plan_export(run: Path, step: int | None, *, base_only: bool, dtype: torch.dt
         )
     saved = SavedTensors(checkpoint)
     _check_tensors(checkpoint, saved, model)
-    packed = packed_parameters(model)
-    specs = {}
-    for name, value in model.state_dict().items():
-        is_ttt = is_ttt_parameter(name)
-        if not (is_ttt and base_only):
-            stock = value.flatten(0, 1) if name in packed else value
-            specs[name] = TensorSpec(tuple(stock.shape), torch.float32 if is_ttt else dtype)
     files = _files(release)
     summary = [
         f"checkpoint: {checkpoint}, saved on "
@@ -156,13 +149,23 @@ def plan_export(run: Path, step: int | None, *, base_only: bool, dtype: torch.dt
         )
     return Export(
         saved=saved,
-        specs=specs,
+        specs=tensor_specs(model, base_only=base_only, dtype=dtype),
         config=_release_config(config, release, files, None if base_only else section),
         mimi_config=release.mimi_config,
         files=files,
         step=progress.step,
         summary="\n".join(summary),
     )
+
+
+def tensor_specs(model: TTTMoshi, *, base_only: bool, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Name to shape and dtype of a model's tensors in a release: Moshi's are stock moshi's own."""
+    specs = {}
+    for name, value in stock_state_dict(model).items():
+        is_ttt = is_ttt_parameter(name)
+        if not (is_ttt and base_only):
+            specs[name] = TensorSpec(tuple(value.shape), torch.float32 if is_ttt else dtype)
+    return specs
 
 
 def write_export(plan: Export, out: Path) -> None:
@@ -283,7 +286,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=DTYPES, default="bfloat16", help="of Moshi's tensors; TTT's are float32"
     )
     for flag in UNBUILT:
-        parser.add_argument(flag, action="store_true", help="refused: LoRA isn't built yet")
+        parser.add_argument(flag, action="store_true", help="refused: not built yet")
     return parser.parse_args(arguments)
 
 

@@ -130,8 +130,9 @@ def load_checkpoint(
     random_states = _random_states() if same_layout_ranks else {}
     # What is loaded is written into these very tensors: the parameters and Adam's moments.
     tensors = model_tensors | optimizer_tensors | random_states
+    reader = CheckpointReader(path)
     try:
-        dcp.load(tensors, storage_reader=CheckpointReader(path))
+        dcp.load(tensors, storage_reader=reader)
     except dcp.CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
         raise CheckpointError(f"{path}: cannot be loaded into this model: {causes}") from error

@@ -22,28 +22,27 @@ class CheckpointReader(dcp.FileSystemReader):
     DCP unpickles `.metadata` as it is, and entries that are no tensors with it. Here
     `checkpoint_metadata.py` reads it, and such entries are refused; tensors are read with
     `weights_only=True` by DCP itself. The metadata is read once, however often tensors are loaded.
+
+    Args:
+        path: a folder `step-NNNNNN`.
+
+    Raises:
+        CheckpointError: `.metadata` is missing, damaged or names anything else, an entry is no
+            tensor or incomplete, or a file of tensors is missing or too short. (Raised here: DCP
+            would pass over it and tell that there is no metadata.)
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._folder = path
-        self._metadata: Metadata | None = None
+        self._metadata = read_metadata(path / ".metadata")
+        problems = _problems(path, self._metadata)
+        if problems:
+            raise CheckpointError(f"{path}: is damaged: {'; '.join(problems)}")
+        self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The checkpoint's `Metadata`, checked against its files.
-
-        Raises:
-            CheckpointError: the file is missing, damaged or names anything else, an entry is no
-                tensor or incomplete, or a file of tensors is missing or too short.
-        """
-        if self._metadata is None:
-            metadata = read_metadata(self._folder / ".metadata")
-            problems = _problems(self._folder, metadata)
-            if problems:
-                raise CheckpointError(f"{self._folder}: is damaged: {'; '.join(problems)}")
-            metadata.storage_meta = metadata.storage_meta or StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            self._metadata = metadata
+        """The checkpoint's `Metadata`, as it was when this reader was made."""
         return self._metadata
 
 
@@ -54,7 +53,7 @@ class SavedTensors:
         path: a folder `step-NNNNNN`, saved on any layout.
 
     Raises:
-        CheckpointError: as `CheckpointReader.read_metadata`.
+        CheckpointError: as `CheckpointReader`.
     """
 
     def __init__(self, path: Path) -> None:

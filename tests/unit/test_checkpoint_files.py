@@ -1,16 +1,20 @@
 """A checkpoint's files: read tensor by tensor, and its metadata can't run code."""
 
+import json
 import os
 import pickle
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
+from parallel.checkpoint import Progress, load_weights
 from parallel.checkpoint_files import CheckpointReader, SavedTensors
 from parallel.checkpoint_metadata import CheckpointError, read_metadata
 
@@ -64,15 +68,14 @@ def test_code_planted_into_the_metadata_does_not_run(folder, tmp_path, place):
     mark.rmdir()
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"names posix\.mkdir, which no checkpoint") as caught:
-        SavedTensors(folder)
+        CheckpointReader(folder)
     assert str(file) in str(caught.value)
     assert not mark.exists()
-    # And through DCP's own loading, as a resumed run does it.
-    reader = CheckpointReader(folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        with pytest.raises(dcp.CheckpointException, match=r"posix\.mkdir"):
-            dcp.load(dict(TENSORS), storage_reader=reader, no_dist=True)
+    # And where weights are loaded into a model.
+    progress = Progress(step=1, global_batch_size=1, scheduler_steps=1, layout={})
+    (folder / "progress.json").write_text(json.dumps(asdict(progress)))
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
+        load_weights(folder, nn.Linear(4, 3, bias=False))
     assert not mark.exists()
 
 

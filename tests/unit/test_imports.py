@@ -139,6 +139,11 @@ def pickle_readers(code: ast.AST, package: str) -> list[str]:
             ):
                 found.append(name)
             found += [f"{name}(allow_pickle=…)" for k in node.keywords if k.arg == "allow_pickle"]
+            given = {keyword.arg for keyword in node.keywords}
+            if name == "dcp.load" and "storage_reader" not in given:
+                found.append("dcp.load(…)")  # DCP's own reader unpickles metadata
+            if name.endswith("FileSystemReader"):
+                found.append(name)
         elif isinstance(node, ast.ImportFrom) and node.module == "torch":
             found += [f"torch.{alias.name}" for alias in node.names if alias.name == "load"]
     return found
@@ -148,8 +153,10 @@ def test_the_search_for_pickles_finds_them():
     code = ast.parse(
         "import pickle\nimport torch\nfrom torch import load\ntorch.load('x')\n"
         "np.load('x', allow_pickle=True)\n"
+        "dcp.load({}, storage_reader=dcp.FileSystemReader('x'))\ndcp.load({}, checkpoint_id='x')\n"
     )
     expected = ["pickle", "torch.load", "torch.load", "np.load(allow_pickle=…)"]
+    expected += ["dcp.FileSystemReader", "dcp.load(…)"]
     assert sorted(pickle_readers(code, "launch")) == sorted(expected)
 
 
