@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.config import load_config
-from launch.setup import ttt_placement
+from launch.setup import lora_settings, ttt_placement
 from tests.ranks import REPO, run_command
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import build_model
 from ttt_dist.moshi.release import open_release
-from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
+from ttt_dist.moshi.weights import init_adapters, init_ttt_weights, load_base_weights
 
 TRAIN = REPO / "launch" / "train.py"
 PREPARE = REPO / "launch" / "prepare.py"
@@ -104,13 +104,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def initial_model(run: Run) -> TTTMoshi:
-    """The model that a run began with, whole and in one process: base and initial TTT weights."""
+    """The model that a run began with, whole and in one process: base, initial TTT and adapters."""
     config = load_config(run.folder / "config.yaml")
     release = open_release(**config.moshi_paths.model_dump())
     placement = ttt_placement(config, release.lm_config)
-    model = build_model(release.lm_config, placement, device="cpu")
+    model = build_model(release.lm_config, placement, lora_settings(config), device="cpu")
     load_base_weights(model, Path(release.moshi_weights))
     init_ttt_weights(model, config.seed)
+    init_adapters(model, config.seed)
     return model
 
 
