@@ -1,6 +1,7 @@
 """Write a trained model as a folder in the layout of Kyutai's releases.
 
-    python launch/export.py RUN_DIR [--step N] [--out FOLDER] [--base-only] [--dtype float32]
+    python launch/export.py RUN_DIR [--step N] [--out FOLDER] [--base-only] [--merge-lora]
+                            [--dtype float32]
 
 Takes a sharded checkpoint of any layout; one process, without torchrun and GPU. Tensors go one by
 one from the checkpoint into the file, so a few of the largest have to fit in memory, never the
@@ -8,7 +9,8 @@ model. The folder appears complete or not at all, and none is written over.
 
 Without --base-only the folder holds the TTT layers: `config.json` has a section `ttt`, which stock
 moshi refuses; train on from it with `moshi_paths.hf_repo_id=FOLDER`. With --base-only it holds
-Moshi alone, for stock moshi.
+Moshi alone, for stock moshi. Adapters (LoRA) are added to the weights that they adapt, and that is
+asked for by --merge-lora.
 """
 
 from __future__ import annotations
@@ -33,33 +35,26 @@ from tqdm import tqdm
 
 from launch.config import TrainConfig, load_config
 from launch.errors import UserError, exit_with
+from launch.export_tensors import TrainedTensors, tensor_specs
 from launch.preflight import ttt_section
 from launch.run_folder import RunFolder
 from launch.setup import lay_out_model
 from parallel.checkpoint import CheckpointError, list_checkpoints, read_progress
-from parallel.checkpoint_files import SavedTensors
-from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import is_ttt_parameter, lm_settings
+from ttt_dist.moshi.build import lm_settings
 from ttt_dist.moshi.context import (
     check_attention_contexts,
     describe_attention_contexts,
     read_attention_contexts,
 )
 from ttt_dist.moshi.errors import ReleaseError
-from ttt_dist.moshi.packed import stock_state_dict
 from ttt_dist.moshi.release import open_release
 from ttt_dist.moshi.released_ttt import SECTION
 from ttt_dist.moshi.tensor_writer import TensorSpec, TensorWriter
-from ttt_dist.moshi.weights import collapse_numbers
 
 TITLE = "Can't export"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "mimi.safetensors"
 MIMI_CONFIG_FILE = "mimi_config.json"
-UNBUILT = {
-    "--merge-lora": "merging LoRA adapters into an export isn't built yet; leave it out",
-    "--adapters-only": "exporting LoRA adapters isn't built yet; leave it out",
-}
 
 
 @dataclass(frozen=True)
@@ -67,13 +62,13 @@ class Export:
     """What is to be written, checked: nothing of it can turn out wrong while it is.
 
     Attributes:
-        saved: the checkpoint's tensors.
+        tensors: the checkpoint's.
         specs: name to shape and dtype of what `model.safetensors` will hold.
         config: the folder's `config.json`.
         files: name in the folder to the file that is copied there.
     """
 
-    saved: SavedTensors
+    tensors: TrainedTensors
     specs: dict[str, TensorSpec]
     config: dict[str, Any]
     mimi_config: dict[str, Any] | None
@@ -107,10 +102,13 @@ def find_checkpoint(run: Path, step: int | None) -> Path:
     return found[step]
 
 
-def plan_export(run: Path, step: int | None, *, base_only: bool, dtype: torch.dtype) -> Export:
+def plan_export(
+    run: Path, step: int | None, *, base_only: bool, merge_lora: bool, dtype: torch.dtype
+) -> Export:
     """Everything about an export but its tensors' values.
 
     Args:
+        merge_lora: has to be asked for where the run trained adapters.
         dtype: of Moshi's tensors; TTT's are float32.
 
     Raises:
@@ -119,9 +117,15 @@ def plan_export(run: Path, step: int | None, *, base_only: bool, dtype: torch.dt
     checkpoint = find_checkpoint(run, step)
     progress = read_progress(checkpoint)
     config = load_config(run / "config.yaml")
-    if config.lora.enable:
+    if config.lora.enable and not merge_lora:
         raise UserError(
-            "lora.enable: the run trained LoRA adapters, whose export isn't built yet", title=TITLE
+            f"RUN_DIR: {run} trained LoRA adapters (lora.enable: true); add --merge-lora, which "
+            "adds them to the weights that they adapt",
+            title=TITLE,
+        )
+    if merge_lora and not config.lora.enable:
+        raise UserError(
+            f"--merge-lora: {run} has no adapters (lora.enable: false); leave it out", title=TITLE
         )
     release = open_release(**config.moshi_paths.model_dump())
     model = lay_out_model(config, release.lm_config, None, torch.float32)
@@ -134,8 +138,6 @@ def plan_export(run: Path, step: int | None, *, base_only: bool, dtype: torch.dt
             ttt_context=section["ttt_layer_context"],
             other_context=section["non_ttt_layer_context"],
         )
-    saved = SavedTensors(checkpoint)
-    _check_tensors(checkpoint, saved, model)
     files = _files(release)
     summary = [
         f"checkpoint: {checkpoint}, saved on "
@@ -148,7 +150,7 @@ def plan_export(run: Path, step: int | None, *, base_only: bool, dtype: torch.dt
             "every layer, the release's own"
         )
     return Export(
-        saved=saved,
+        tensors=TrainedTensors(checkpoint, model, config.lora.scaling),
         specs=tensor_specs(model, base_only=base_only, dtype=dtype),
         config=_release_config(config, release, files, None if base_only else section),
         mimi_config=release.mimi_config,
@@ -156,16 +158,6 @@ def plan_export(run: Path, step: int | None, *, base_only: bool, dtype: torch.dt
         step=progress.step,
         summary="\n".join(summary),
     )
-
-
-def tensor_specs(model: TTTMoshi, *, base_only: bool, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Name to shape and dtype of a model's tensors in a release: Moshi's are stock moshi's own."""
-    specs = {}
-    for name, value in stock_state_dict(model).items():
-        is_ttt = is_ttt_parameter(name)
-        if not (is_ttt and base_only):
-            specs[name] = TensorSpec(tuple(value.shape), torch.float32 if is_ttt else dtype)
-    return specs
 
 
 def write_export(plan: Export, out: Path) -> None:
@@ -204,28 +196,6 @@ def write_export(plan: Export, out: Path) -> None:
         raise UserError(f"--out: {out} can't be written: {error}", title=TITLE) from error
 
 
-def _check_tensors(checkpoint: Path, saved: SavedTensors, model: TTTMoshi) -> None:
-    """The checkpoint holds the configured model's tensors, all of them, in their shapes."""
-    prefix = "model."
-    found = {n.removeprefix(prefix): s for n, s in saved.shapes().items() if n.startswith(prefix)}
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    shapes = [
-        f"{name} {list(found[name])} instead of {list(wanted[name])}"
-        for name in sorted(found.keys() & wanted.keys())
-        if found[name] != wanted[name]
-    ]
-    kinds = {
-        "missing": collapse_numbers(wanted.keys() - found.keys()),
-        "unexpected": collapse_numbers(found.keys() - wanted.keys()),
-        "of another shape": shapes,
-    }
-    problems = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint} doesn't fit the model of the run's config.yaml: {'; '.join(problems)}"
-        )
-
-
 def _files(release: CheckpointInfo) -> dict[str, Path]:
     """Name in the folder to file, of what is copied."""
     mimi = release.mimi_weights
@@ -262,7 +232,7 @@ def _write_tensors(plan: Export, path: Path) -> None:
     ):
         for name in writer.order:
             spec = plan.specs[name]
-            writer.write(name, plan.saved.read(f"model.{name}").reshape(spec.shape))
+            writer.write(name, plan.tensors.read(name, spec.shape))
             bar.update(spec.bytes)
 
 
@@ -285,8 +255,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of Moshi's tensors; TTT's are float32"
     )
-    for flag in UNBUILT:
-        parser.add_argument(flag, action="store_true", help="refused: not built yet")
+    parser.add_argument(
+        "--merge-lora", action="store_true", help="add LoRA adapters to the weights they adapt"
+    )
+    parser.add_argument("--adapters-only", action="store_true", help="refused: not built yet")
     return parser.parse_args(arguments)
 
 
@@ -294,12 +266,18 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; a person's mistake ends it with exit code 2 and one message."""
     options = parse_arguments(arguments)
     try:
-        asked = {"--merge-lora": options.merge_lora, "--adapters-only": options.adapters_only}
-        refused = [f"{flag}: {UNBUILT[flag]}" for flag, given in asked.items() if given]
-        if refused:
-            raise UserError(refused, title=TITLE)
+        if options.adapters_only:
+            raise UserError(
+                "--adapters-only: writing adapters by themselves isn't built yet; --merge-lora "
+                "adds them to the weights that they adapt",
+                title=TITLE,
+            )
         plan = plan_export(
-            options.run, options.step, base_only=options.base_only, dtype=DTYPES[options.dtype]
+            options.run,
+            options.step,
+            base_only=options.base_only,
+            merge_lora=options.merge_lora,
+            dtype=DTYPES[options.dtype],
         )
         kind = "export-base" if options.base_only else "export"
         out = options.out or options.run / f"{kind}-step-{plan.step:06d}"

@@ -8,7 +8,7 @@ from moshi.models.lm import LMModel
 from moshi.models.loaders import _lm_kwargs as MOSHI_7B
 
 from launch.config import REPO_ROOT, load_config
-from launch.export import tensor_specs
+from launch.export_tensors import tensor_specs
 from launch.setup import lay_out_model
 from ttt_dist.moshi.build import is_ttt_parameter
 from ttt_dist.moshi.tensor_files import HEADER_LIMIT
