@@ -83,7 +83,7 @@ def test_saved_states_grow_as_the_square_root():
         return saved_bytes(L, None) - saved_bytes(L, 0)
 
     # The single group of `0` keeps one state: n groups keep n - 1 more.
-    assert states(4096) / states(256) == pytest.approx((32 - 1) / (8 - 1))
+    assert states(4096) / states(256) == pytest.approx((43 - 1) / (11 - 1))
 
 
 def test_twin_keeps_group_borders_only():

@@ -185,7 +185,10 @@ def test_flops_are_those_of_the_products(inner):
     real_backward = real.get_total_flops() - real_forward
     bias = 1 + 1.5 / d
     assert forward <= real_forward <= forward * bias
-    assert backward <= real_backward <= backward * bias
+    # Backward's recomputation leaves out the two updates of weights that nothing reads: those after
+    # each of the three groups.
+    unread = 3 * 2 * 2 * C * d * case.x["W1"].shape[-1] * H if inner == "mlp" else 0
+    assert backward - unread <= real_backward <= backward * bias - unread
 
 
 @pytest.mark.parametrize("inner", ["mlp", "linear"])

@@ -41,7 +41,7 @@ class MlpBackward:
         self.settings, self.slab, self.C, self.d, self.h = settings, min(slab, n), C, d, h
         self.loss = InnerLoss(settings.norm, N, C, settings.compiled)
         self.gelu = gelu(settings.compiled, self.slab, (N, C, h), like)
-        self.W1, self.W2 = like.new_empty(n + 1, N, d + 1, h), like.new_empty(n + 1, N, h + 1, d)
+        self.W1, self.W2 = like.new_empty(n, N, d + 1, h), like.new_empty(n, N, h + 1, d)
         self.tokens = HiddenTokens.buffers(n, N, C, d, h, like)
         # Views that every mini-batch takes, made once.
         W2_T = self.W2[:, :, :h].mT
@@ -74,17 +74,19 @@ class MlpBackward:
         )
         for m, (tokens, k, k_T, eta, mask, shift) in enumerate(steps):
             W1, W2, W2_T = self._states[m]
-            W1_next, W2_next, _ = self._states[m + 1]
             products.mul(k, W1, out=tokens.Z1, bias=True)
             loss, rate = tokens.fill(products, self.gelu, self.loss, W2, W2_T, shift, eta)
+            self.losses.append(loss)
+            self.rates.append(rate)
+            if m + 1 == len(frames.v):
+                break  # nothing reads the weights after the group
+            W1_next, W2_next, _ = self._states[m + 1]
             G1 = torch.mul(tokens.P, tokens.slope, out=self.G1[0])
             products.update(W1, k_T, G1, alpha=-1.0, out=W1_next)
             products.update(W2, tokens.X2_T, tokens.G2 * mask, alpha=-1.0, out=W2_next)
             if m == 0 and frames.pending is not None:
                 W1_next.addcmul_(mask, frames.pending[0], value=-1.0)
                 W2_next.addcmul_(mask, frames.pending[1], value=-1.0)
-            self.losses.append(loss)
-            self.rates.append(rate)
 
     def backward(
         self, frames: Frames, weights: list[Tensor], d_out: Tensor, d_weights: list[Tensor]

@@ -45,9 +45,13 @@ class Loop:
     compiled: bool = False
 
     def group_for(self, mini_batches: int) -> int:
-        """Mini-batches a group: near the square root of all where none is asked for."""
+        """Mini-batches a group: near the square root of all where none is asked for.
+
+        Below it, since a mini-batch of the group at work holds its tokens' hidden values beside a
+        state, nearly twice as much as the state that is kept for each group.
+        """
         if self.group_size is None:
-            return max(1, round(math.sqrt(mini_batches)))
+            return max(1, round(0.75 * math.sqrt(mini_batches)))
         return self.group_size or mini_batches
 
 

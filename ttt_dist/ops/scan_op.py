@@ -141,6 +141,7 @@ def _products_of_a_mini_batch(d: int, h: int | None, C: int) -> tuple[int, int]:
     """Multiplications of one mini-batch and head, `(forward, backward)`, biases left out.
 
     Products with the state: forward 7 (TTT-Linear 3), backward forward's again and 14 (6) more.
+    (TTT-MLP's backward leaves out the updates after a group's last mini-batch, counted here.)
     Products among tokens, `C x C`: forward 4 (2), backward forward's again and 8 (4) more.
     """
     if h is None:
