@@ -196,7 +196,9 @@ def talk(
         transcript = None
         if text is not None:
             transcript = stack.enter_context(text.open("w", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(total=audio.frames, desc="talking", unit="frame"))
+        bar = stack.enter_context(
+            tqdm(total=audio.frames, desc="talking", unit="frame", mininterval=1.0)
+        )
         begin = last = time.perf_counter()
         for token, samples in converse(model, codec, audio, sampling):
             wav.write(samples)
@@ -205,7 +207,8 @@ def talk(
             now = time.perf_counter()
             times.append(now - last)
             last = now
-            bar.set_postfix_str(f"real-time factor {(now - begin) * FRAME_RATE / len(times):.2f}")
+            factor = (now - begin) * FRAME_RATE / len(times)
+            bar.set_postfix_str(f"real-time factor {factor:.2f}", refresh=False)
             bar.update()
         if transcript is not None:
             transcript.write("\n")
