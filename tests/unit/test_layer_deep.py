@@ -70,7 +70,7 @@ def test_any_split_equals_one_call_of_the_definition(mlp_layers, monkeypatch):
         parts.append(y)
     found = torch.autograd.grad(torch.cat(parts, dim=1).square().sum(), list(layer.parameters()))
 
-    def definition(*tensors, checkpoint_group_size, **settings):
+    def definition(*tensors, checkpoint_group_size, compiled, **settings):
         return reference_scan(*tensors, **settings)
 
     monkeypatch.setattr("ttt_dist.layer.ttt_mlp", definition)
