@@ -88,7 +88,6 @@ CASES: dict[str, Case] = {
     "tp 2, frozen": Case("tp 2", frozen=True),
     "tp 2 x fsdp 2, frozen": Case("tp 2 x fsdp 2", frozen=True),
     "tp 2, LoRA": Case("tp 2", lora_rank=LORA_RANK),
-    "tp 2 x fsdp 2, LoRA": Case("tp 2 x fsdp 2", lora_rank=LORA_RANK),
     "tp 2 x fsdp 2, LoRA of odd rank and embeddings": Case(
         "tp 2 x fsdp 2", lora_rank=5, ft_embed=True
     ),
