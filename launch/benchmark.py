@@ -30,7 +30,6 @@ import torch
 from launch import benchmark_measure as measure
 from launch.benchmark_cases import (
     FAST,
-    TWIN,
     Case,
     TwinLayer,
     Workload,
@@ -46,6 +45,7 @@ from launch.benchmark_measure import DisagreementError, medians, spread
 from launch.benchmark_report import Row, tables
 from launch.benchmark_resident import ResidentError, resident_bytes, resident_supported
 from launch.errors import UserError, exit_with
+from ttt_dist.ops.dual_form import dual_form
 
 DEFAULT = {  # (B, H, d, h, C): lengths
     (1, 4, 64, 256, 16): (1024, 4096, 16384),
@@ -155,7 +155,7 @@ def scan_sides(case: Case, settings: Settings) -> tuple[Workload, Workload]:
     fast: dict[str, Any] = {"compiled": settings.compiled}
     if settings.group_size is not None:
         fast["checkpoint_group_size"] = settings.group_size
-    return scan_workload(case, FAST[case.inner], **fast), scan_workload(case, TWIN[case.inner])
+    return scan_workload(case, FAST[case.inner], **fast), scan_workload(case, dual_form)
 
 
 def layer_sides(case: Case, settings: Settings) -> tuple[Workload, Workload]:

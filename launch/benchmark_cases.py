@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ttt_dist.config import TTTConfig
 from ttt_dist.layer import TTTLayer
 from ttt_dist.ops import InnerState, linear_state, mlp_state, ttt_linear, ttt_mlp
-from ttt_dist.ops.dual_form import dual_form_linear, dual_form_mlp
+from ttt_dist.ops.dual_form import dual_form
 from ttt_dist.ops.state import compute_dtype
 
 INIT_STD = 0.02  # of a TTT layer's initial weights
@@ -23,8 +23,6 @@ NORM_STD = 0.1  # of the norms' weights around 1 and biases around 0, so that no
 Inner = Literal["mlp", "linear"]
 ScanOp = Callable[..., tuple[Tensor, InnerState]]
 FAST: dict[str, ScanOp] = {"mlp": ttt_mlp, "linear": ttt_linear}
-TWIN: dict[str, ScanOp] = {"mlp": dual_form_mlp, "linear": dual_form_linear}
-SIDES = {"fast": FAST, "twin": TWIN}
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,10 @@ class TwinLayer(TTTLayer):
     """The same layer around the slow twin, with the twin's own checkpoint groups."""
 
     def scan_op(self) -> ScanOp:
-        twin = TWIN[self.config.inner_model]
-
         def run(
             *tensors: Any, checkpoint_group_size: int | None, compiled: bool, **settings: Any
         ) -> tuple[Tensor, InnerState]:
-            return twin(*tensors, **settings)
+            return dual_form(*tensors, **settings)
 
         return run
 

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from launch.benchmark_cases import SIDES, Case, Drawn, Inner, scan_workload
+from launch.benchmark_cases import FAST, Case, Drawn, Inner, scan_workload
 from launch.benchmark_measure import step
+from ttt_dist.ops.dual_form import dual_form
 
 ROOT = Path(__file__).resolve().parents[1]
 RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of the resident size
@@ -79,7 +80,8 @@ def _measure(words: Sequence[str]) -> int:
 
     def draw(length: int) -> Drawn:
         case = Case(inner, B, H, d, h, C, length, getattr(torch, dtype), torch.device("cpu"))
-        return scan_workload(case, SIDES[side][inner], **grouped)(_SEED)
+        op = FAST[inner] if side == "fast" else dual_form
+        return scan_workload(case, op, **grouped)(_SEED)
 
     # Code and libraries are in memory before, by a step too short to leave anything to use again.
     step(draw(min(L, _WARM_UP_MINI_BATCHES * C)))

@@ -13,12 +13,10 @@ from ttt_dist.ops import (
     ttt_mlp,
     weight_names,
 )
-from ttt_dist.ops.dual_form import dual_form_linear, dual_form_mlp
 
 DEEP = {f"mlp {depth}": depth for depth in (3, 4, 5)}
 DEPTHS = {"linear": 1, "mlp": 2, **DEEP}
 OPS = {"mlp": ttt_mlp, "linear": ttt_linear, **dict.fromkeys(DEEP, ttt_mlp)}
-TWINS = {"mlp": dual_form_mlp, "linear": dual_form_linear}
 FRAMES = ("q", "k", "v", "eta")
 
 

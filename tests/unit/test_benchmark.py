@@ -20,7 +20,7 @@ from launch.benchmark_measure import DisagreementError, check_agreement, peak_by
 from launch.benchmark_resident import resident_bytes, resident_supported
 from ttt_dist.layer import TTTLayer
 from ttt_dist.ops import ttt_mlp
-from ttt_dist.ops.dual_form import dual_form_linear, dual_form_mlp
+from ttt_dist.ops.dual_form import dual_form
 
 CPU = torch.device("cpu")
 TINY = ["--shapes", "1,2,8,16,4", "--lengths", "40", "10", "--pairs", "3"]
@@ -153,7 +153,7 @@ def test_repetitions_have_inputs_of_their_own():
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 def test_counted_flops_are_those_of_the_dual_form(inner):
     """What a mini-batch more costs, as torch counts it; nothing is recomputed here."""
-    op = partial(dual_form_mlp if inner == "mlp" else dual_form_linear, checkpoint_group_size=0)
+    op = partial(dual_form, checkpoint_group_size=0)
     found, expected = [], []
     for L in (8, 12):
         case = make_case(inner, L=L)

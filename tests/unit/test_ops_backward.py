@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from tests.unit.ops_cases import FRAMES, OPS, TWINS, gradients, make_case, objective, relative
+from tests.unit.ops_cases import FRAMES, OPS, gradients, make_case, objective, relative
+from ttt_dist.ops.dual_form import dual_form
 from ttt_dist.ops.products import Products
 from ttt_dist.ops.state import InnerState
 
@@ -99,7 +100,7 @@ def results(case, fed, ops):
             C = case.settings["mini_batch_size"]
             past = make_case(case.inner, case.batch_size, H, fed, d=d, C=C, seed=9)
             past.x |= {n: case.x[n] for n in case.x if n[0] in "Wb"}
-            _, state = past.run(state, op=TWINS[case.inner], causal=case.settings["causal"])
+            _, state = past.run(state, op=dual_form, causal=case.settings["causal"])
         out, after = case.run(state, op=op)
         value = objective(out, after)
         grads = {}
@@ -116,7 +117,7 @@ def test_equals_the_twin(seed):
     """1e-9 of a tensor's norm: other orders of sums, 1e-16 each, amplified where the inner loop is
     (a token normalised over few dims, or a large one, multiplies differences)."""
     case, fed = random_problem(seed)
-    fast, slow = results(case, fed, (OPS[case.inner], TWINS[case.inner]))
+    fast, slow = results(case, fed, (OPS[case.inner], dual_form))
     assert fast.keys() == slow.keys()
     # Gradients that cancel to nothing are compared with the largest of all.
     largest = max((t.norm() for n, t in slow.items() if n.startswith("grad ")), default=0.0)
@@ -132,7 +133,7 @@ def test_two_calls_from_one_state(inner):
     """Gradients of both add up, also through a state that was carried."""
     case = make_case(inner, 2, 2, 21, checkpoint_group_size=2)
     found = []
-    for op in (OPS[inner], TWINS[inner]):
+    for op in (OPS[inner], dual_form):
         _, state = case.run(case.fresh(), 0, 6, op=op)
         first, after1 = case.run(state, 6, 15, op=op)
         second, after2 = case.run(state, 9, 21, op=op)
@@ -146,7 +147,7 @@ def test_gradients_of_the_state_alone(inner):
     """Outputs unused: what autograd leaves undefined is zero."""
     case = make_case(inner, 2, 2, 11)
     found = []
-    for op in (OPS[inner], TWINS[inner]):
+    for op in (OPS[inner], dual_form):
         _, after = case.run(case.fresh(), op=op)
         value = after.W1.square().sum()
         grads = torch.autograd.grad(value, list(case.x.values()), allow_unused=True)

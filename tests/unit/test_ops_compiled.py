@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from tests.unit.ops_cases import OPS, TWINS, gradients, make_case, objective, relative
+from tests.unit.ops_cases import OPS, gradients, make_case, objective, relative
 from tests.unit.test_ops_operator import keep_scans, operator_arguments
 from ttt_dist.ops import deep_mlp_state, ttt_mlp
+from ttt_dist.ops.dual_form import dual_form
 from ttt_dist.ops.pointwise import Compiled
 from ttt_dist.ops.scan_op import SCAN, SCAN_BACKWARD
 from ttt_dist.ops.state import InnerState
@@ -31,7 +32,7 @@ def test_equals_the_twin(inner, dtype):
     shorter slabs. Sums in other orders; operands of bfloat16 are rounded in code not compiled."""
     case = make_case(inner, 2, 2, 27, dtype=dtype, checkpoint_group_size=3)
     found = []
-    for op, settings in ((OPS[inner], {"compiled": True}), (TWINS[inner], {})):
+    for op, settings in ((OPS[inner], {"compiled": True}), (dual_form, {})):
         _, state = case.run(case.fresh(), 0, 6, op=op, **settings)
         found.append(results(op, case, state, **settings))
     fast, slow = found

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit.ops_cases import OPS, TWINS, gradients, make_case, objective
+from tests.unit.ops_cases import OPS, gradients, make_case, objective
 from ttt_dist.ops import grouped_scan, scan_op
+from ttt_dist.ops.dual_form import dual_form
 
 
 class Recorder(TorchDispatchMode):
@@ -42,7 +43,7 @@ def record(inner, L, group_size, carried, twin=False):
     state = case.fresh()
     if carried:
         _, state = case.run(state, 0, 3)
-    op = TWINS[inner] if twin else OPS[inner]
+    op = dual_form if twin else OPS[inner]
     with Recorder() as recorder:
         out, after = case.run(state, op=op)
         (out.sum() + sum(w.sum() for w in after.weights + after.pending)).backward()
@@ -70,7 +71,7 @@ def saved_bytes(L, group_size, twin=False):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out, _ = case.run(state, op=TWINS["mlp"] if twin else None)
+        out, _ = case.run(state, op=dual_form if twin else None)
         seen_at_end = dict(seen)  # storages alive: their addresses are distinct
     del out
     return sum(seen_at_end.values())

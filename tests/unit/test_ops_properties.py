@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.unit.ops_cases import FRAMES, OPS, TWINS, gradients, make_case, objective, relative
+from tests.unit.ops_cases import FRAMES, OPS, gradients, make_case, objective, relative
 from ttt_dist.ops import apply_rope, linear_state, mlp_state, rope_table, stream_positions
+from ttt_dist.ops.dual_form import dual_form
 
 
 def frames_moved(inner, causal, frame, name, carried):
@@ -57,7 +58,7 @@ def test_checkpointing_changes_nothing(inner, carried, twin):
         if carried:
             _, state = make_case(inner, 2, 2, 6, seed=3).run(state)
             _, state = case.run(state, 0, 3)
-        op = TWINS[inner] if twin else OPS[inner]
+        op = dual_form if twin else OPS[inner]
         out, after = case.run(state, op=op, checkpoint_group_size=group_size)
         results.append({"out": out} | gradients(objective(out, after), case.x))
     first = results[0]

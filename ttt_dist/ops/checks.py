@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,27 @@ from ttt_dist.ops.state import InnerState, compute_dtype, weight_names
 _OPERAND_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_scan_arguments(
-    op: str,
-    depth: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    state: InnerState,
-    *,
-    mini_batch_size: int,
-    causal: bool,
-    inner_eps: float,
-    checkpoint_group_size: int | None,
-) -> None:
+@dataclass(frozen=True)
+class ScanArguments:
+    """What a caller hands to a scan; `ttt_mlp` documents each, and its defaults."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    ln_weight: Tensor
+    ln_bias: Tensor
+    state: InnerState
+    mini_batch_size: int
+    causal: bool
+    inner_eps: float
+    checkpoint_group_size: int | None
+
+
+def check_scan_arguments(op: str, depth: int, given: ScanArguments) -> None:
     """Raises a ValueError that lists each argument, what was found and what is expected."""
+    q, eta, state = given.q, given.eta, given.state
+    mini_batch_size, group_size = given.mini_batch_size, given.checkpoint_group_size
     if q.ndim != 4 or 0 in q.shape:
         raise ValueError(
             f"{op}: q has shape {list(q.shape)}, expected [B, H, L, d] with every size at least 1"
@@ -47,10 +53,10 @@ def check_scan_arguments(
         if t.device != q.device:
             problems.append(f"{name} is on {t.device}, expected {q.device} (that of q)")
 
-    for name, t in {"k": k, "v": v}.items():
+    for name, t in {"k": given.k, "v": given.v}.items():
         check(name, t, [B, H, L, d], (q.dtype,))
     check("eta", eta, [B, H, L], (compute, q.dtype))
-    for name, t in {"ln_weight": ln_weight, "ln_bias": ln_bias}.items():
+    for name, t in {"ln_weight": given.ln_weight, "ln_bias": given.ln_bias}.items():
         check(name, t, [H, d], (compute, q.dtype))
 
     if state.depth != depth:
@@ -75,14 +81,12 @@ def check_scan_arguments(
             f"mini_batch_size is {mini_batch_size}, expected {state.mini_batch_size}, "
             "with which the state was carried so far"
         )
-    if not inner_eps > 0:
-        problems.append(f"inner_eps is {inner_eps}, expected a number above 0")
-    if checkpoint_group_size is not None and checkpoint_group_size < 0:
-        problems.append(
-            f"checkpoint_group_size is {checkpoint_group_size}, expected None, 0 or more"
-        )
+    if not given.inner_eps > 0:
+        problems.append(f"inner_eps is {given.inner_eps}, expected a number above 0")
+    if group_size is not None and group_size < 0:
+        problems.append(f"checkpoint_group_size is {group_size}, expected None, 0 or more")
     # Asks the device, so only in the bidirectional form; a fresh state is known to fit.
-    if not problems and not causal and not state.fresh and bool(state.offset.any()):
+    if not problems and not given.causal and not state.fresh and bool(state.offset.any()):
         problems.append(
             f"state.offset is {state.offset.tolist()}, expected 0 in every lane: with causal=False "
             "a sequence can be split at mini-batch borders only"

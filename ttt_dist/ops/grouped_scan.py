@@ -1,7 +1,8 @@
 """A whole scan, forward and backward, group by group: packing, and the choice of kernels.
 
 Only the weights between groups are kept for backward, which computes each group's mini-batches once
-more. `select_kernels` is the one place where a device or a shape chooses an implementation.
+more. `forward_kernels` and `backward_kernels` are the one place where a device or a shape chooses
+an implementation.
 """
 
 from __future__ import annotations

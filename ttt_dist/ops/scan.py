@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttt_dist.ops.checks import check_scan_arguments
+from ttt_dist.ops.checks import ScanArguments, check_scan_arguments
 from ttt_dist.ops.mini_batch import (
     InnerNorm,
     Weights,
@@ -40,9 +40,8 @@ class Loop:
 
     mini_batch_size: int
     causal: bool
-    eps: float
     group_size: int | None
-    compiled: bool = False
+    compiled: bool
 
     def group_for(self, mini_batches: int) -> int:
         """Mini-batches a group: near the square root of all where none is asked for.
@@ -55,22 +54,39 @@ class Loop:
         return self.group_size or mini_batches
 
 
-# Computes all mini-batches of a layout: `(loop, q, k, v, eta, gamma, beta, weights, pending, end)`
-# to outputs and weights; see `fused_segments`.
+@dataclass(frozen=True)
+class Tokens:
+    """What is read: `q k v` `[B, H, L, d]`, any dtype, and `eta` `[B, H, L]`, compute dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+
+    @property
+    def length(self) -> int:
+        """`L`"""
+        return self.q.shape[2]
+
+    def split(self, lengths: list[int]) -> list[Tokens]:
+        """Pieces of these lengths."""
+        # Split once: indexing inside a loop would make each step's backward allocate a gradient of
+        # the full length, O(L²) bytes in all.
+        pieces = (x.split(lengths, dim=2) for x in (self.q, self.k, self.v, self.eta))
+        return [Tokens(*piece) for piece in zip(*pieces, strict=True)]
+
+
+# Computes all mini-batches of a layout: `(loop, tokens, norm, weights, pending, end)` to outputs
+# and weights; see `fused_segments`.
 Segments = Callable[
-    [Loop, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Weights, Weights | None, Tensor],
-    tuple[Tensor, Weights],
+    [Loop, Tokens, InnerNorm, Weights, Weights | None, Tensor], tuple[Tensor, Weights]
 ]
 
 
 def fused_segments(
     loop: Loop,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    tokens: Tokens,
+    norm: InnerNorm,
     weights: Weights,
     pending: Weights | None,
     end: Tensor,
@@ -78,17 +94,17 @@ def fused_segments(
     """All mini-batches of a layout by one operator: outputs, and weights with completed ones.
 
     Args:
-        q, k, v: `[B, H, L, d]`; eta `[B, H, L]`; position 0 starts a mini-batch in every lane.
-        gamma, beta: `[H, 1, d]`.
+        tokens: position 0 starts a mini-batch in every lane.
         weights, pending: `(W1, b1, …)`.
         end: int64 `[B]`, position after each lane's last frame.
     """
-    mini_batches = -(-q.shape[2] // loop.mini_batch_size)
+    mini_batches = -(-tokens.length // loop.mini_batch_size)
     # States between groups are there for backward alone.
     group = loop.group_for(mini_batches) if torch.is_grad_enabled() else mini_batches
     out, after, _ = SCAN(
-        q, k, v, eta, gamma.squeeze(-2), beta.squeeze(-2), list(weights), list(pending or ()), end,
-        loop.mini_batch_size, loop.causal, loop.eps, group, loop.compiled,
+        tokens.q, tokens.k, tokens.v, tokens.eta, norm.weight.squeeze(-2), norm.bias.squeeze(-2),
+        list(weights), list(pending or ()), end,
+        loop.mini_batch_size, loop.causal, norm.eps, group, loop.compiled,
     )  # fmt: skip
     return out, tuple(after)
 
@@ -96,46 +112,24 @@ def fused_segments(
 def scan(
     op: str,
     depth: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    state: InnerState,
+    given: ScanArguments,
     *,
-    mini_batch_size: int,
-    causal: bool,
-    inner_eps: float,
-    checkpoint_group_size: int | None,
     compiled: bool = False,
     segments: Segments = fused_segments,
 ) -> tuple[Tensor, InnerState]:
     """Run the inner loop of `depth` linear maps; `ttt_mlp` documents arguments and errors."""
-    check_scan_arguments(
-        op,
-        depth,
-        q,
-        k,
-        v,
-        eta,
-        ln_weight,
-        ln_bias,
-        state,
-        mini_batch_size=mini_batch_size,
-        causal=causal,
-        inner_eps=inner_eps,
-        checkpoint_group_size=checkpoint_group_size,
-    )
+    check_scan_arguments(op, depth, given)
     if compiled and segments is not fused_segments:
         raise ValueError(
             f"{op}: compiled is True, which a network of {depth} layers has no code for"
         )
-    loop = Loop(mini_batch_size, causal, inner_eps, checkpoint_group_size, compiled)
-    with without_autocast(q.device.type):
-        dtype = compute_dtype(q.dtype)
-        gamma, beta = (t.to(dtype).unsqueeze(-2) for t in (ln_weight, ln_bias))  # [H, 1, d]
-        return _scan(loop, q, k, v, eta.to(dtype), gamma, beta, state, segments)
+    loop = Loop(given.mini_batch_size, given.causal, given.checkpoint_group_size, compiled)
+    with without_autocast(given.q.device.type):
+        dtype = compute_dtype(given.q.dtype)
+        gamma, beta = (t.to(dtype).unsqueeze(-2) for t in (given.ln_weight, given.ln_bias))
+        norm = InnerNorm(gamma, beta, given.inner_eps)
+        tokens = Tokens(given.q, given.k, given.v, given.eta.to(dtype))
+        return _scan(loop, tokens, norm, given.state, segments)
 
 
 def real_lengths(eta: Tensor) -> Tensor:
@@ -156,71 +150,51 @@ def _take_frames(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _scan(
-    loop: Loop,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    state: InnerState,
-    segments: Segments,
+    loop: Loop, tokens: Tokens, norm: InnerNorm, state: InnerState, segments: Segments
 ) -> tuple[Tensor, InnerState]:
-    L, C = q.shape[2], loop.mini_batch_size
-    lengths = real_lengths(eta)
-    end = state.offset + lengths  # position after each lane's last frame
+    L, C = tokens.length, loop.mini_batch_size
+    end = state.offset + real_lengths(tokens.eta)  # position after each lane's last frame
     pending = None if state.fresh else state.pending
     shifted = not state.fresh and L > 1
     if L == 1 or (state.fresh and L < C):
-        out, weights, pending_after = _one_segment(
-            loop, q, k, v, eta, gamma, beta, state.weights, pending, end
-        )
+        out, weights, pending_after = _one_segment(loop, tokens, norm, state.weights, pending, end)
     else:
-        frames = (q, k, v, eta)
+        layout = _lay_out(tokens, state.offset, loop) if shifted else tokens
+        out, weights = segments(loop, layout, norm, state.weights, pending, end)
         if shifted:
-            frames = _lay_out(frames, state.offset, loop)
-        out, weights = segments(loop, *frames, gamma, beta, state.weights, pending, end)
-        if shifted:
-            frame = torch.arange(L, device=q.device)
+            frame = torch.arange(L, device=out.device)
             out = _take_frames(out, state.offset[:, None] + frame)
-        pending_after = _unfinished(loop, k, v, eta, gamma, beta, weights, state, end)
+        pending_after = _unfinished(loop, tokens, norm, weights, state, end)
     return out, InnerState(weights, pending_after, end % C, C)
 
 
-def _lay_out(
-    frames: tuple[Tensor, Tensor, Tensor, Tensor], offset: Tensor, loop: Loop
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shift every lane right by its offset; `[B, H, L + C - 1, …]`, long enough for any offset."""
-    q, k, v, eta = frames
-    L = q.shape[2]
-    position = torch.arange(L + loop.mini_batch_size - 1, device=q.device)
+def _lay_out(tokens: Tokens, offset: Tensor, loop: Loop) -> Tokens:
+    """Shift every lane right by its offset; `L + C - 1` positions, enough for any offset."""
+    L = tokens.length
+    position = torch.arange(L + loop.mini_batch_size - 1, device=offset.device)
     frame = position - offset[:, None]  # [B, L + C - 1]
     present = ((frame >= 0) & (frame < L))[:, None]  # [B, 1, L + C - 1]
     frame = frame.clamp(0, L - 1)
     # Positions without a frame repeat a neighbour, so that nothing there can overflow.
-    q, k, v = (_take_frames(x, frame) for x in (q, k, v))
-    return q, k, v, torch.where(present, _take_frames(eta, frame), 0.0)
+    q, k, v = (_take_frames(x, frame) for x in (tokens.q, tokens.k, tokens.v))
+    return Tokens(q, k, v, torch.where(present, _take_frames(tokens.eta, frame), 0.0))
 
 
 def _one_segment(
     loop: Loop,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    tokens: Tokens,
+    norm: InnerNorm,
     weights: Weights,
     pending: Weights | None,
     end: Tensor,
 ) -> tuple[Tensor, Weights, Weights]:
     """Frames of a single mini-batch, perhaps its last ones: outputs, weights and pending."""
-    norm = InnerNorm(gamma, beta, loop.eps)
+    q, k, v, eta = tokens.q, tokens.k, tokens.v, tokens.eta
     scores1 = scores(q, k, q.dtype, eta.dtype, loop.causal)
-    out, weights, tokens = mini_batch_step(
+    out, weights, gradients = mini_batch_step(
         weights, pending, q, k, v, eta[..., None], scores1, None, norm, loop.causal
     )
-    changes = weight_changes(tokens, k.dtype)
+    changes = weight_changes(gradients, k.dtype)
     if pending is not None:
         changes = tuple(p + c for p, c in zip(pending, changes, strict=True))
     complete = (end >= loop.mini_batch_size)[:, None, None, None]
@@ -232,28 +206,19 @@ def _one_segment(
 
 
 def _unfinished(
-    loop: Loop,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    weights: Weights,
-    state: InnerState,
-    end: Tensor,
+    loop: Loop, tokens: Tokens, norm: InnerNorm, weights: Weights, state: InnerState, end: Tensor
 ) -> Weights:
     """What every lane's mini-batch in progress contributes, at the weights it ends with."""
-    C, L = loop.mini_batch_size, k.shape[2]
+    C, L = loop.mini_batch_size, tokens.length
     start = end - end % C  # position of the first token of the mini-batch in progress
     # A window of each lane's last frames, long enough for what can be unfinished. Tokens of the
     # mini-batch in progress that came with earlier calls are in `state.pending`.
     window = min(max(C - 1, 1), L)
-    frame = (end - state.offset)[:, None] + torch.arange(-window, 0, device=k.device)
+    frame = (end - state.offset)[:, None] + torch.arange(-window, 0, device=end.device)
     present = (frame >= 0) & (frame + state.offset[:, None] >= start[:, None])
     frame = frame.clamp(0, L - 1)
-    k, v, eta = (_take_frames(x, frame) for x in (k, v, eta))
+    k, v, eta = (_take_frames(x, frame) for x in (tokens.k, tokens.v, tokens.eta))
     eta = torch.where(present[:, None], eta, 0.0)
-    norm = InnerNorm(gamma, beta, loop.eps)
     changes = weight_changes(token_gradients(weights, k, v, eta[..., None], norm), k.dtype)
     if state.fresh:
         return changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ttt_dist.ops.checks import ScanArguments
 from ttt_dist.ops.scan import scan
 from ttt_dist.ops.state import InnerState
 
@@ -27,19 +28,6 @@ def ttt_linear(
 
     Arguments, returned values, padding and errors: see `ttt_mlp`.
     """
-    return scan(
-        "ttt_linear",
-        1,
-        q,
-        k,
-        v,
-        eta,
-        ln_weight,
-        ln_bias,
-        state,
-        mini_batch_size=mini_batch_size,
-        causal=causal,
-        inner_eps=inner_eps,
-        checkpoint_group_size=checkpoint_group_size,
-        compiled=compiled,
-    )
+    settings = (mini_batch_size, causal, inner_eps, checkpoint_group_size)
+    given = ScanArguments(q, k, v, eta, ln_weight, ln_bias, state, *settings)
+    return scan("ttt_linear", 1, given, compiled=compiled)

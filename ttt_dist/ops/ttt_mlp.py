@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ttt_dist.ops.checks import ScanArguments
 from ttt_dist.ops.dual_form import differentiated_segments
-from ttt_dist.ops.scan import fused_segments, scan
+from ttt_dist.ops.scan import scan
 from ttt_dist.ops.state import DEEP_MLP_LAYERS, InnerState
 
 
@@ -72,21 +73,9 @@ def ttt_mlp(
             carried with another `mini_batch_size`, `causal=False` meets a started mini-batch, or
             `compiled` is asked for with 3 layers or more.
     """
-    deep = state.depth in DEEP_MLP_LAYERS
-    return scan(
-        "ttt_mlp",
-        state.depth if deep else 2,
-        q,
-        k,
-        v,
-        eta,
-        ln_weight,
-        ln_bias,
-        state,
-        mini_batch_size=mini_batch_size,
-        causal=causal,
-        inner_eps=inner_eps,
-        checkpoint_group_size=checkpoint_group_size,
-        compiled=compiled,
-        segments=differentiated_segments if deep else fused_segments,
-    )
+    settings = (mini_batch_size, causal, inner_eps, checkpoint_group_size)
+    given = ScanArguments(q, k, v, eta, ln_weight, ln_bias, state, *settings)
+    if state.depth in DEEP_MLP_LAYERS:
+        segments = differentiated_segments
+        return scan("ttt_mlp", state.depth, given, compiled=compiled, segments=segments)
+    return scan("ttt_mlp", 2, given, compiled=compiled)
