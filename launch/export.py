@@ -36,7 +36,7 @@ from tqdm import tqdm
 from launch.config import TrainConfig, load_config
 from launch.errors import UserError, exit_with
 from launch.export_tensors import TrainedTensors, tensor_specs
-from launch.preflight import ttt_section
+from launch.model_checks import ttt_section
 from launch.run_folder import RunFolder
 from launch.setup import lay_out_model
 from parallel.checkpoint import CheckpointError, list_checkpoints, read_progress

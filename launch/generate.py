@@ -34,9 +34,9 @@ from tqdm import tqdm
 from launch.config import TrainConfig, load_config
 from launch.errors import UserError, exit_with
 from launch.generate_audio import MoshiAudio, MoshiText, UserAudio
-from launch.preflight import refuse_unbuilt
 from launch.run_folder import RunFolder
 from launch.setup import attention_windows, lay_out_model, model_dtypes, ttt_placement
+from launch.unbuilt import refuse_unbuilt
 from parallel.checkpoint import CheckpointError, list_checkpoints, load_weights
 from parallel.device import device_type, local_device
 from ttt_dist.data.audio import SAMPLE_RATE

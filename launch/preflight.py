@@ -19,58 +19,16 @@ from launch.config import (
     resolve_global_batch_size,
 )
 from launch.errors import UserError
+from launch.model_checks import model_problems, ttt_section
 from launch.run_folder import adopt_saved, checkpoint_problems, run_dir_problems
-from launch.schema import TTTSection
-from ttt_dist.config import TTTConfig
+from launch.unbuilt import refuse_unbuilt
 from ttt_dist.data.manifest import DataError, read_sources
-from ttt_dist.moshi.build import lm_config_problems, select_layers
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.release import open_release, released_ttt
-from ttt_dist.moshi.released_ttt import describe_ttt, ttt_differences
+from ttt_dist.moshi.released_ttt import ttt_differences
 
 FRAMES_PER_SECOND = 12.5
-NEEDED_OF_MODEL = ("dim", "num_heads", "num_layers")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def refuse_unbuilt(config: TrainConfig) -> list[str]:
-    """Keys whose feature isn't built yet (or never will be), each with the reason."""
-    ttt = config.ttt
-    refusals = (
-        (
-            config.compile
-            and config.gradient_checkpointing
-            and config.parallel.recompute == "selective",
-            "parallel.recompute: found selective with compile: true; single operators of compiled "
-            "layers can't be kept; allowed with compile: layer, or gradient_checkpointing: false",
-        ),
-        (
-            ttt.persistent_states,
-            "ttt.persistent_states: found true; carrying states from one piece of a recording to "
-            "the next isn't built yet; allowed: false; use a longer duration_sec",
-        ),
-        (
-            ttt.log_inner_loop_losses,
-            "ttt.log_inner_loop_losses: found true; logging inner losses isn't built yet; "
-            "allowed: false",
-        ),
-        (
-            ttt.save_inner_loop_plots,
-            "ttt.save_inner_loop_plots: found true; plots of inner losses aren't built yet; "
-            "allowed: false",
-        ),
-        (
-            not ttt.causal,
-            "ttt.causal: found false; a frame would then see later frames of its mini-batch, which "
-            "an autoregressive model has to predict; allowed: true",
-        ),
-        (
-            config.overwrite_run_dir,
-            "overwrite_run_dir: found true; it would delete the old run, and nothing is ever "
-            "deleted here; allowed: false; name a new run_dir, or put ${time} into it",
-        ),
-    )
-    return [text for refused, text in refusals if refused]
 
 
 def resolve_mesh(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
@@ -102,44 +60,6 @@ def resolve_mesh(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
     raise UserError(f"parallel: {ranks}, but {wanted}; {fix}")
 
 
-def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTConfig:
-    """The TTT layer that `section` describes, for a model with `lm_config`'s dim and heads.
-
-    Raises:
-        ValueError: the two don't fit, for example an odd head dimension.
-    """
-    return TTTConfig(
-        model_dim=lm_config["dim"],
-        num_heads=lm_config["num_heads"],
-        inner_model=section.inner_model,
-        mini_batch_size=section.mini_batch_size,
-        base_lr=section.base_lr,
-        expansion=section.ttt_mlp_expansion_factor,
-        mlp_layers=section.ttt_mlp_layers,
-        causal=section.causal,
-        inner_eps=section.inner_eps,
-        checkpoint_group_size=section.checkpoint_group_size,
-    )
-
-
-def ttt_section(config: TrainConfig, lm_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `config.json` says of the configured TTT layers in an export; None where there are none.
-
-    Raises:
-        ValueError: the configuration doesn't fit a model with `lm_config`.
-    """
-    layers = select_layers(config.ttt.layers, lm_config["num_layers"]) if config.ttt.enable else ()
-    if not layers:
-        return None
-    window = lm_config.get("context")  # of layers whose own isn't set
-    return describe_ttt(
-        build_ttt_config(config.ttt, lm_config),
-        layers,
-        ttt_context=config.ttt.ttt_layer_context or window,
-        other_context=config.ttt.non_ttt_layer_context or window,
-    )
-
-
 def _collect(check: Callable[[], object]) -> list[str]:
     """The problems that `check` raises; none if it passes."""
     try:
@@ -147,66 +67,6 @@ def _collect(check: Callable[[], object]) -> list[str]:
     except (UserError, DataError) as error:
         return list(error.problems)
     return []
-
-
-def _model_problems(
-    config: TrainConfig, lm_config: Mapping[str, Any], bad_keys: frozenset[str]
-) -> list[str]:
-    problems = lm_config_problems(dict(lm_config))
-    absent = [key for key in NEEDED_OF_MODEL if not isinstance(lm_config.get(key), int)]
-    if absent:
-        return [
-            *problems,
-            f"config.json: {', '.join(absent)}: no whole number there, so it doesn't describe "
-            "Moshi's language model; check moshi_paths.config_path, or use the release's own",
-        ]
-    if "parallel.tp" not in bad_keys:
-        problems += _splitting_problems(lm_config, config.parallel.tp)
-    if not config.ttt.enable:
-        return problems
-    if "ttt.layers" not in bad_keys:
-        try:
-            select_layers(config.ttt.layers, lm_config["num_layers"])
-        except ValueError as error:
-            problems.append(f"ttt.layers: {error}")
-    try:
-        build_ttt_config(config.ttt, lm_config)
-    except ValueError as error:
-        problems.append(f"ttt: doesn't fit this model: {error}")
-    return problems
-
-
-def _splitting_problems(lm_config: Mapping[str, Any], tp: int) -> list[str]:
-    """Why tp can't split this model's heads and feed-forward features."""
-    if tp == 1:
-        return []
-    heads = lm_config["num_heads"]
-    if heads % tp != 0:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-        return [
-            f"parallel.tp: found {tp}, which doesn't divide the model's {heads} heads; "
-            f"allowed: {', '.join(map(str, divisors))}"
-        ]
-    problems = []
-    if lm_config.get("kv_repeat", 1) != 1:
-        problems.append(
-            f"parallel.tp: found {tp}, but the release has kv_repeat = "
-            f"{lm_config['kv_repeat']}, and such attention isn't split over ranks yet; allowed: 1"
-        )
-    if lm_config.get("gating", "none") == "none":
-        problems.append(
-            f"parallel.tp: found {tp}, but the release's feed-forward has no gating, and such a "
-            "one isn't split over ranks yet; allowed: 1"
-        )
-    width = int(lm_config.get("hidden_scale", 4) * lm_config["dim"])
-    # The width that moshi's ActivationGating makes of it.
-    features = 21 * lm_config["dim"] // 8 if width == 4 * lm_config["dim"] else 2 * width // 3
-    if features % tp:
-        problems.append(
-            f"parallel.tp: found {tp}, which doesn't divide the {features} features of the model's "
-            "feed-forward; allowed are divisors of heads and features"
-        )
-    return problems
 
 
 def _data_problems(
@@ -318,7 +178,7 @@ def check_run(
     )
     if release_problem is not None:
         return [*problems, release_problem]
-    return problems + _model_problems(config, lm_config or MOSHI_7B_LM_CONFIG, bad_keys)
+    return problems + model_problems(config, lm_config or MOSHI_7B_LM_CONFIG, bad_keys)
 
 
 def run_warnings(config: TrainConfig) -> list[str]:
@@ -390,7 +250,7 @@ def check_start(
             problems.append(str(error))
         else:
             lm_config = release.lm_config or MOSHI_7B_LM_CONFIG
-            found = _model_problems(config, lm_config, reading.bad_keys)
+            found = model_problems(config, lm_config, reading.bad_keys)
             if not found and not any(key.startswith("ttt") for key in reading.bad_keys):
                 found = ttt_differences(released_ttt(release), ttt_section(config, lm_config))
             problems += found

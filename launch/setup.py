@@ -13,8 +13,8 @@ from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from tqdm import tqdm
 
 from launch.config import TrainConfig
+from launch.model_checks import build_ttt_config
 from launch.parameter_table import parameter_table
-from launch.preflight import build_ttt_config
 from launch.prepare import open_cache, read_splits
 from launch.run_folder import RunFolder
 from parallel.checkpoint import list_checkpoints, load_checkpoint

@@ -8,8 +8,8 @@ import pytest
 
 from launch.config import REPO_ROOT, TrainConfig, load_config, read_config
 from launch.errors import UserError
+from launch.model_checks import build_ttt_config
 from launch.preflight import (
-    build_ttt_config,
     check_run,
     check_start,
     resolve_mesh,

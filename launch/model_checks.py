@@ -1,0 +1,117 @@
+"""The configured TTT layers in a given Moshi: what is built of them, and why they may not fit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from launch.config import TrainConfig
+from launch.schema import TTTSection
+from ttt_dist.config import TTTConfig
+from ttt_dist.moshi.build import lm_config_problems, select_layers
+from ttt_dist.moshi.released_ttt import describe_ttt
+
+NEEDED_OF_MODEL = ("dim", "num_heads", "num_layers")
+
+
+def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTConfig:
+    """The TTT layer that `section` describes, for a model with `lm_config`'s dim and heads.
+
+    Raises:
+        ValueError: the two don't fit, for example an odd head dimension.
+    """
+    return TTTConfig(
+        model_dim=lm_config["dim"],
+        num_heads=lm_config["num_heads"],
+        inner_model=section.inner_model,
+        mini_batch_size=section.mini_batch_size,
+        base_lr=section.base_lr,
+        expansion=section.ttt_mlp_expansion_factor,
+        mlp_layers=section.ttt_mlp_layers,
+        causal=section.causal,
+        inner_eps=section.inner_eps,
+        checkpoint_group_size=section.checkpoint_group_size,
+    )
+
+
+def ttt_section(config: TrainConfig, lm_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `config.json` says of the configured TTT layers in an export; None where there are none.
+
+    Raises:
+        ValueError: the configuration doesn't fit a model with `lm_config`.
+    """
+    layers = select_layers(config.ttt.layers, lm_config["num_layers"]) if config.ttt.enable else ()
+    if not layers:
+        return None
+    window = lm_config.get("context")  # of layers whose own isn't set
+    return describe_ttt(
+        build_ttt_config(config.ttt, lm_config),
+        layers,
+        ttt_context=config.ttt.ttt_layer_context or window,
+        other_context=config.ttt.non_ttt_layer_context or window,
+    )
+
+
+def model_problems(
+    config: TrainConfig, lm_config: Mapping[str, Any], bad_keys: frozenset[str]
+) -> list[str]:
+    """Why this model, with TTT layers as configured, can't be built or split over tp.
+
+    Args:
+        lm_config: the release's settings of Moshi's language model.
+        bad_keys: keys that hold a default in place of a mistake told already; nothing is concluded
+            from them.
+    """
+    problems = lm_config_problems(dict(lm_config))
+    absent = [key for key in NEEDED_OF_MODEL if not isinstance(lm_config.get(key), int)]
+    if absent:
+        return [
+            *problems,
+            f"config.json: {', '.join(absent)}: no whole number there, so it doesn't describe "
+            "Moshi's language model; check moshi_paths.config_path, or use the release's own",
+        ]
+    if "parallel.tp" not in bad_keys:
+        problems += _splitting_problems(lm_config, config.parallel.tp)
+    if not config.ttt.enable:
+        return problems
+    if "ttt.layers" not in bad_keys:
+        try:
+            select_layers(config.ttt.layers, lm_config["num_layers"])
+        except ValueError as error:
+            problems.append(f"ttt.layers: {error}")
+    try:
+        build_ttt_config(config.ttt, lm_config)
+    except ValueError as error:
+        problems.append(f"ttt: doesn't fit this model: {error}")
+    return problems
+
+
+def _splitting_problems(lm_config: Mapping[str, Any], tp: int) -> list[str]:
+    """Why tp can't split this model's heads and feed-forward features."""
+    if tp == 1:
+        return []
+    heads = lm_config["num_heads"]
+    if heads % tp != 0:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        return [
+            f"parallel.tp: found {tp}, which doesn't divide the model's {heads} heads; "
+            f"allowed: {', '.join(map(str, divisors))}"
+        ]
+    problems = []
+    if lm_config.get("kv_repeat", 1) != 1:
+        problems.append(
+            f"parallel.tp: found {tp}, but the release has kv_repeat = "
+            f"{lm_config['kv_repeat']}, and such attention isn't split over ranks yet; allowed: 1"
+        )
+    if lm_config.get("gating", "none") == "none":
+        problems.append(
+            f"parallel.tp: found {tp}, but the release's feed-forward has no gating, and such a "
+            "one isn't split over ranks yet; allowed: 1"
+        )
+    width = int(lm_config.get("hidden_scale", 4) * lm_config["dim"])
+    # The width that moshi's ActivationGating makes of it.
+    features = 21 * lm_config["dim"] // 8 if width == 4 * lm_config["dim"] else 2 * width // 3
+    if features % tp:
+        problems.append(
+            f"parallel.tp: found {tp}, which doesn't divide the {features} features of the model's "
+            "feed-forward; allowed are divisors of heads and features"
+        )
+    return problems

@@ -1,0 +1,43 @@
+"""Which keys of a configuration ask for what isn't built, and what to set instead."""
+
+from launch.config import TrainConfig
+
+
+def refuse_unbuilt(config: TrainConfig) -> list[str]:
+    """Keys whose feature isn't built yet (or never will be), each with the reason."""
+    ttt = config.ttt
+    refusals = (
+        (
+            config.compile
+            and config.gradient_checkpointing
+            and config.parallel.recompute == "selective",
+            "parallel.recompute: found selective with compile: true; single operators of compiled "
+            "layers can't be kept; allowed with compile: layer, or gradient_checkpointing: false",
+        ),
+        (
+            ttt.persistent_states,
+            "ttt.persistent_states: found true; carrying states from one piece of a recording to "
+            "the next isn't built yet; allowed: false; use a longer duration_sec",
+        ),
+        (
+            ttt.log_inner_loop_losses,
+            "ttt.log_inner_loop_losses: found true; logging inner losses isn't built yet; "
+            "allowed: false",
+        ),
+        (
+            ttt.save_inner_loop_plots,
+            "ttt.save_inner_loop_plots: found true; plots of inner losses aren't built yet; "
+            "allowed: false",
+        ),
+        (
+            not ttt.causal,
+            "ttt.causal: found false; a frame would then see later frames of its mini-batch, which "
+            "an autoregressive model has to predict; allowed: true",
+        ),
+        (
+            config.overwrite_run_dir,
+            "overwrite_run_dir: found true; it would delete the old run, and nothing is ever "
+            "deleted here; allowed: false; name a new run_dir, or put ${time} into it",
+        ),
+    )
+    return [text for refused, text in refusals if refused]
