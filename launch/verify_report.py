@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launch.verify_compare import Check
+
 # Operators of torch.distributed, functional and in place, and the collective each one is.
 COLLECTIVES = {
     "all_reduce": "all-reduce",
@@ -162,30 +164,6 @@ def module_of(name: str) -> str:
     if re.match(r"(text_)?emb\b", name):
         return "embeddings"
     return "heads"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: what was compared, how far apart it is, and how far it may be.
-
-    Attributes:
-        dtype: of the runs compared.
-        what: such as "loss" or "gradient".
-        where: a parameter's name, or "step" and its number.
-        error: relative difference.
-        allowed: its tolerance.
-    """
-
-    dtype: str
-    what: str
-    where: str
-    error: float
-    allowed: float
-
-    @property
-    def failed(self) -> bool:
-        """NaN fails."""
-        return not self.error <= self.allowed
 
 
 def comparison_table(checks: Sequence[Check]) -> list[str]:
