@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
-from parallel.checkpoint_files import CheckpointReader
+from parallel.checkpoint_files import CheckpointReader, load_tensors
 from parallel.checkpoint_metadata import CheckpointError
 from parallel.mesh import from_first_rank
 
@@ -39,6 +38,7 @@ __all__ = [
 
 _STEP_FOLDER = re.compile(r"step-(\d{6,})$")
 _PROGRESS_FILE = "progress.json"
+_UNFIT = "cannot be loaded into this model"
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,7 @@ def load_checkpoint(
     random_states = _random_states() if same_layout_ranks else {}
     # What is loaded is written into these very tensors: the parameters and Adam's moments.
     tensors = model_tensors | optimizer_tensors | random_states
-    reader = CheckpointReader(path)
-    try:
-        dcp.load(tensors, storage_reader=reader)
-    except dcp.CheckpointException as error:
-        causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-        raise CheckpointError(f"{path}: cannot be loaded into this model: {causes}") from error
+    load_tensors(tensors, CheckpointReader(path), f"{path}: {_UNFIT}")
     hyperparameters = {
         key: value
         for key, value in optimizers.state_dict().items()
@@ -164,18 +159,12 @@ def load_weights(path: Path, model: nn.Module) -> Progress:
     """
     progress = read_progress(path)
     tensors = _model_tensors(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-            reader = CheckpointReader(path)
-            saved = reader.read_metadata().state_dict_metadata
-            unknown = {name for name in saved if name.startswith("model.")} - set(tensors)
-            if unknown:
-                raise CheckpointError(f"{path}: the model has no {', '.join(sorted(unknown))}")
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except dcp.CheckpointException as error:
-        causes = "; ".join(str(cause) for cause, _ in error.failures.values())
-        raise CheckpointError(f"{path}: cannot be loaded into this model: {causes}") from error
+    reader = CheckpointReader(path)
+    saved = reader.read_metadata().state_dict_metadata
+    unknown = {name for name in saved if name.startswith("model.")} - set(tensors)
+    if unknown:
+        raise CheckpointError(f"{path}: the model has no {', '.join(sorted(unknown))}")
+    load_tensors(tensors, reader, f"{path}: {_UNFIT}", alone=True)
     return progress
 
 

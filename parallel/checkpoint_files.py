@@ -46,6 +46,37 @@ class CheckpointReader(dcp.FileSystemReader):
         return self._metadata
 
 
+def load_tensors(
+    tensors: dict[str, Tensor],
+    reader: CheckpointReader,
+    failure: str,
+    *,
+    planner: DefaultLoadPlanner | None = None,
+    alone: bool = False,
+) -> None:
+    """Read a checkpoint's values into `tensors` (plain or DTensors, by saved name), in place.
+
+    Args:
+        failure: how the error's message begins.
+        planner: DCP's own if None.
+        alone: this process reads by itself, with or without a process group; otherwise all ranks
+            call it together.
+
+    Raises:
+        CheckpointError: `failure`, and each rank's causes.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+            dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=alone)
+    except dcp.CheckpointException as error:
+        causes = [
+            str(cause) if alone else f"rank {rank}: {cause}"
+            for rank, (cause, _) in error.failures.items()
+        ]
+        raise CheckpointError(f"{failure}: {'; '.join(causes)}") from error
+
+
 class SavedTensors:
     """A checkpoint's tensors, whole, one at a time; one process, no process group.
 
@@ -77,13 +108,8 @@ class SavedTensors:
         entry = self._entries[name]
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-                dcp.load(tensors, storage_reader=self._reader, planner=planner, no_dist=True)
-        except dcp.CheckpointException as error:
-            causes = "; ".join(str(cause) for cause, _ in error.failures.values())
-            raise CheckpointError(f"{self._path}: {name} cannot be read: {causes}") from error
+        failure = f"{self._path}: {name} cannot be read"
+        load_tensors(tensors, self._reader, failure, planner=planner, alone=True)
         return tensors[name]
 
 
