@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttt_dist.ops.inner_loss import InnerNorm
+from ttt_dist.ops.inner_loss import PackedNorm
 from ttt_dist.ops.products import Products
 
 # Columns that a row of an augmented matrix takes beyond its width: the ones, and what keeps rows
@@ -26,7 +26,7 @@ class Settings:
     """What stays the same over a scan; `compiled`: see `ttt_dist.ops.pointwise`."""
 
     causal: bool
-    norm: InnerNorm
+    norm: PackedNorm
     products: Products
     compiled: bool
 

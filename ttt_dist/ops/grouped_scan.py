@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ttt_dist.ops.group import FrameGradients, Frames, Settings, with_ones
-from ttt_dist.ops.inner_loss import InnerNorm
+from ttt_dist.ops.inner_loss import PackedNorm
 from ttt_dist.ops.linear_group import LinearGroup
 from ttt_dist.ops.mlp_backward import MlpBackward
 from ttt_dist.ops.mlp_forward import MlpForward
@@ -102,7 +102,7 @@ def _settings(inputs: ScanInputs) -> Settings:
     )
     return Settings(
         inputs.causal,
-        InnerNorm(gamma, beta, inputs.eps),
+        PackedNorm(gamma, beta, inputs.eps),
         Products(operand=inputs.q.dtype, compute=inputs.weights[0].dtype),
         inputs.compiled,
     )

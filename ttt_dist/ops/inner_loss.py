@@ -19,8 +19,8 @@ from ttt_dist.ops.pointwise import ready
 
 
 @dataclass(frozen=True)
-class InnerNorm:
-    """The per-head LayerNorm of the inner loss.
+class PackedNorm:
+    """The per-head LayerNorm of the inner loss, for lanes times heads in one dim.
 
     Attributes:
         gamma, beta: `[N, 1, d]`, compute dtype.
@@ -70,7 +70,7 @@ class InnerLoss:
         compiled: one pass over memory each, by `torch.compile`.
     """
 
-    def __init__(self, norm: InnerNorm, N: int, C: int, compiled: bool = False):
+    def __init__(self, norm: PackedNorm, N: int, C: int, compiled: bool = False):
         self.norm, self.gamma_square = norm, norm.gamma.square()
         projection = Projection((N, C), norm.gamma)
         self._projection = (projection.mean, projection.factor)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,24 +151,16 @@ def _products_of_a_mini_batch(d: int, h: int | None, C: int) -> tuple[int, int]:
     return 7 * with_state + 2 * among_tokens, 21 * with_state + 6 * among_tokens
 
 
-def _flops(backward: bool, q: Any, weights: Any, mini_batch_size: int) -> int:
+def _flops(
+    backward: bool,
+    q: Any, k: Any, v: Any, eta: Any, gamma: Any, beta: Any, weights: Any, pending: Any, end: Any,
+    mini_batch_size: int, *args: Any, out_shape: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
     B, H, L, d = q
     h = weights[0][-1] if len(weights) > 2 else None
     counts = _products_of_a_mini_batch(d, h, mini_batch_size)
     return 2 * counts[backward] * B * H * -(-L // mini_batch_size)
 
 
-@register_flop_formula(torch.ops.ttt_dist.scan)
-def _forward_flops(
-    q: Any, k: Any, v: Any, eta: Any, gamma: Any, beta: Any, weights: Any, pending: Any, end: Any,
-    mini_batch_size: int, *args: Any, out_shape: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    return _flops(False, q, weights, mini_batch_size)
-
-
-@register_flop_formula(torch.ops.ttt_dist.scan_backward)
-def _backward_flops(
-    q: Any, k: Any, v: Any, eta: Any, gamma: Any, beta: Any, weights: Any, pending: Any, end: Any,
-    mini_batch_size: int, *args: Any, out_shape: Any = None, **kwargs: Any,
-) -> int:  # fmt: skip
-    return _flops(True, q, weights, mini_batch_size)
+register_flop_formula(torch.ops.ttt_dist.scan)(partial(_flops, False))
+register_flop_formula(torch.ops.ttt_dist.scan_backward)(partial(_flops, True))
