@@ -45,13 +45,14 @@ from ttt_dist.data.encode import Codec, load_codec
 from ttt_dist.data.interleave import FRAME_RATE
 from ttt_dist.data.manifest import DataError
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import lm_config_problems, lm_settings, transformer_layers
+from ttt_dist.moshi.build import lm_settings, transformer_layers
 from ttt_dist.moshi.context import (
     check_attention_contexts,
     describe_attention_contexts,
     read_attention_contexts,
 )
 from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.lm_config import lm_config_problems
 from ttt_dist.moshi.release import open_release
 
 

@@ -1,4 +1,4 @@
-"""The configured TTT layers in a given Moshi: what is built of them, and why they may not fit."""
+"""The configured TTT layers and adapters: what is built of them, and why a Moshi may not fit."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 from launch.config import TrainConfig
 from launch.schema import TTTSection
 from ttt_dist.config import TTTConfig
-from ttt_dist.moshi.build import lm_config_problems, select_layers
+from ttt_dist.moshi.build import select_layers
+from ttt_dist.moshi.lm_config import lm_config_problems, wrong_values
+from ttt_dist.moshi.lora import LoRASettings
 from ttt_dist.moshi.released_ttt import describe_ttt
 
 NEEDED_OF_MODEL = ("dim", "num_heads", "num_layers")
@@ -30,6 +32,12 @@ def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTCo
         inner_eps=section.inner_eps,
         checkpoint_group_size=section.checkpoint_group_size,
     )
+
+
+def lora_settings(config: TrainConfig) -> LoRASettings | None:
+    """The configured adapters; None where LoRA is off."""
+    lora = config.lora
+    return LoRASettings(lora.rank, lora.scaling) if lora.enable else None
 
 
 def ttt_section(config: TrainConfig, lm_config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -60,13 +68,15 @@ def model_problems(
         bad_keys: keys that hold a default in place of a mistake told already; nothing is concluded
             from them.
     """
-    problems = lm_config_problems(dict(lm_config))
-    absent = [key for key in NEEDED_OF_MODEL if not isinstance(lm_config.get(key), int)]
+    problems = lm_config_problems(lm_config)
+    if wrong_values(lm_config):
+        return problems
+    absent = [key for key in NEEDED_OF_MODEL if key not in lm_config]
     if absent:
         return [
             *problems,
-            f"config.json: {', '.join(absent)}: no whole number there, so it doesn't describe "
-            "Moshi's language model; check moshi_paths.config_path, or use the release's own",
+            f"config.json: {', '.join(absent)}: not there, so it doesn't describe Moshi's language "
+            "model; check moshi_paths.config_path, or use the release's own",
         ]
     if "parallel.tp" not in bad_keys:
         problems += _splitting_problems(lm_config, config.parallel.tp)

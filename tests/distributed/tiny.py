@@ -81,11 +81,17 @@ def stock_model(
     return model.to(dtype)
 
 
-def save_release_weights(path: Path, lm_config: dict[str, Any] = LM_CONFIG) -> None:
-    """`model.safetensors` as a release has it: attention packed over the Depformer's steps."""
+def save_release_weights(
+    path: Path, lm_config: dict[str, Any] = LM_CONFIG, stock: LMModel | None = None
+) -> None:
+    """`model.safetensors` as a release has it: attention packed over the Depformer's steps.
+
+    Args:
+        stock: whose weights; None for those of `stock_model(lm_config)`.
+    """
     tensors: dict[str, torch.Tensor] = {}
     packed: dict[str, list[torch.Tensor]] = {}
-    for name, value in stock_model(lm_config=lm_config).state_dict().items():
+    for name, value in (stock or stock_model(lm_config=lm_config)).state_dict().items():
         if ".in_projs." in name:
             packed.setdefault(name.split(".in_projs.")[0] + ".in_proj_weight", []).append(value)
         elif ".out_projs." in name:

@@ -17,6 +17,7 @@ from launch.preflight import (
 )
 
 TINY = {"dim": 128, "num_heads": 8, "num_layers": 4, "gating": "silu", "hidden_scale": 4.125}
+TINY |= {"n_q": 16, "dep_q": 8, "delays": [0] * 17}
 DEMO = REPO_ROOT / "configs" / "demo.yaml"
 
 

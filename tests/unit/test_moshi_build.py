@@ -1,8 +1,7 @@
-"""Building: sizes of the 7B on the meta device, layer choice, windows, refused configurations."""
+"""Building: sizes of the 7B on the meta device, layer choice, windows, operations."""
 
 import pytest
 import torch
-from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed.tiny import LM_CONFIG, TTT_LAYERS, ttt_placement
@@ -13,7 +12,6 @@ from ttt_dist.moshi.build import (
     TTTPlacement,
     build_model,
     is_ttt_parameter,
-    lm_config_problems,
     select_layers,
     transformer_layers,
 )
@@ -159,55 +157,6 @@ def test_layer_choice_errors_list_the_valid_range(spec, why):
     with pytest.raises(ValueError, match=why) as caught:
         select_layers(spec, 32)
     assert "'none', 'all', 'middle' or indices from 0 to 31, each once" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "what"),
-    [
-        ("conditioners", {"speaker": {"type": "tensor"}}, "conditioned models"),
-        ("fuser", {"sum": ["speaker"]}, "conditioned models"),
-        ("lora", True, "LoRA"),
-        ("quantize", True, "quantised"),
-        ("cross_attention", True, "cross-attention"),
-        ("demux_second_stream", True, "two text streams"),
-        ("demux_second_text_stream", True, "two text streams"),
-    ],
-)
-def test_releases_that_cannot_be_trained_are_refused_by_name(key, value, what):
-    problems = lm_config_problems(LM_CONFIG | {key: value})
-    assert len(problems) == 1
-    assert problems[0].startswith(f"config.json: {key}: {what}")
-    with pytest.raises(ValueError, match=f"config.json: {key}: "):
-        build_model(LM_CONFIG | {key: value}, None)
-    empty: object = type(value)()  # False or {}: what releases without the feature hold
-    assert lm_config_problems(LM_CONFIG | {key: empty}) == []
-    build_model(LM_CONFIG | {key: empty}, None)
-
-
-# Not settings: what moshi's model computes itself, or the program gives.
-@pytest.mark.parametrize("prefix", ["", "depformer_"])
-@pytest.mark.parametrize(
-    "name", ["d_model", "rope", "device", "dtype", "layer_class", "checkpointing", "num_layer"]
-)
-def test_unknown_keys_are_refused_by_name(prefix, name):
-    key = prefix + name
-    with pytest.raises(ValueError, match=f"config.json: {key}: not a setting"):
-        build_model(LM_CONFIG | {key: 1}, None)
-
-
-def test_all_problems_of_a_configuration_at_once():
-    wrong = {"lora": True, "num_layer": 3, "dimm": 4, "quantize": True}
-    with pytest.raises(ValueError, match=r"config\.json") as caught:
-        build_model(LM_CONFIG | wrong, None)
-    assert all(f"config.json: {key}: " in str(caught.value) for key in wrong)
-
-
-def test_settings_of_released_models_are_known():
-    assert lm_config_problems(dict(MOSHI_7B_LM_CONFIG)) == []
-    ignored = {"depformer_causal": True, "lora_rank": 128, "gradient_checkpointing": True}
-    assert lm_config_problems(LM_CONFIG | ignored) == []
-    model = build_model(LM_CONFIG | ignored, None)
-    assert not model.transformer.checkpointing  # ours recomputes; moshi's would do it twice
 
 
 def test_flops_of_a_frame_are_those_that_torch_counts():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,33 +10,11 @@ from typing import Any, cast
 import torch
 from moshi.models.lm import LMModel
 from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
-from moshi.modules.transformer import StreamingTransformer, StreamingTransformerLayer
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTBlock, TTTMoshi
+from ttt_dist.moshi.lm_config import NOT_BUILT, lm_config_problems
 from ttt_dist.moshi.lora import LoRASettings, add_adapters, is_adapter_parameter
-
-# Parts of the released Moshi family that this project does not train yet: key -> what it is.
-_UNBUILT = {
-    "conditioners": "conditioned models",
-    "fuser": "conditioned models",
-    "lora": "LoRA-adapted releases",
-    "quantize": "quantised releases",
-    "cross_attention": "cross-attention",
-    "demux_second_stream": "two text streams",
-    "demux_second_text_stream": "two text streams",
-}
-# Keys of a release's configuration that say nothing about the model's computation.
-_IGNORED = {"depformer_causal", "lora_rank", "lora_scaling", "gradient_checkpointing"}
-
-# Arguments of moshi's classes that moshi or this project computes: a release that names one would
-# give it twice.
-_NOT_SETTINGS = {"self", "args", "kwargs", "device", "dtype", "layer_class", "d_model", "rope"} | {
-    "dim_feedforward",
-    "checkpointing",
-    "activation",
-    "condition_provider",
-}
 
 
 @dataclass(frozen=True)
@@ -93,21 +70,6 @@ def select_layers(spec: str | Iterable[int], num_layers: int) -> tuple[int, ...]
     return tuple(sorted(indices))
 
 
-def lm_config_problems(lm_config: dict[str, Any]) -> list[str]:
-    """Everything in a release's configuration that this project cannot build, a line each."""
-    problems = [
-        f"config.json: {key}: {what} are not supported yet; use a release without"
-        for key, what in _UNBUILT.items()
-        if lm_config.get(key)
-    ]
-    known = _known_keys() | set(_UNBUILT) | _IGNORED
-    problems += [
-        f"config.json: {key}: not a setting of moshi's language model"
-        for key in sorted(set(lm_config) - known)
-    ]
-    return problems
-
-
 def lm_settings(lm_config: dict[str, Any] | None) -> dict[str, Any]:
     """A release's configuration of the language model; None means Moshi 7B's, as in moshi."""
     return dict(MOSHI_7B_LM_CONFIG if lm_config is None else lm_config)
@@ -132,20 +94,21 @@ def build_model(
         dtype: of all parameters (the master weights).
 
     Raises:
-        ValueError: the configuration holds something that is not supported.
+        ValueError: the configuration holds something that is not supported (`lm_config.py`).
     """
     config = lm_settings(lm_config)
     problems = lm_config_problems(config)
     if problems:
         raise ValueError("; ".join(problems))
-    kwargs = {k: v for k, v in config.items() if k not in _IGNORED and k not in _UNBUILT}
-    model = TTTMoshi(
-        device=device,
-        dtype=dtype,
-        layer_class=HybridStreamingTransformerLayer,
-        depformer_layer_class=HybridStreamingTransformerLayer,
-        **kwargs,
-    )
+    kwargs = {key: value for key, value in config.items() if key not in NOT_BUILT}
+    with torch.device(device):  # moshi leaves some of its layers to the default device
+        model = TTTMoshi(
+            device=device,
+            dtype=dtype,
+            layer_class=HybridStreamingTransformerLayer,
+            depformer_layer_class=HybridStreamingTransformerLayer,
+            **kwargs,
+        )
     if lora is not None:
         add_adapters(model, lora, dtype)
     if ttt is not None:
@@ -209,13 +172,3 @@ def without_ttt(model: LMModel) -> Iterator[None]:
 def is_ttt_parameter(name: str) -> bool:
     """Whether a parameter's full name belongs to a TTT block (and not to Moshi)."""
     return ".ttt." in name
-
-
-def _known_keys() -> set[str]:
-    """Keyword arguments of a release that moshi's language model takes or hands on to layers."""
-    layers: set[str] = set()
-    for cls in (StreamingTransformer, StreamingTransformerLayer):
-        layers |= set(inspect.signature(cls.__init__).parameters)
-    layers -= _NOT_SETTINGS
-    model = set(inspect.signature(LMModel.__init__).parameters) - _NOT_SETTINGS
-    return model | layers | {f"depformer_{name}" for name in layers - {"causal", "quantize"}}
