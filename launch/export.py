@@ -48,6 +48,7 @@ from ttt_dist.moshi.context import (
 )
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.release import open_release
+from ttt_dist.moshi.released_lora import ADAPTER_KEYS
 from ttt_dist.moshi.released_ttt import SECTION
 from ttt_dist.moshi.tensor_writer import TensorSpec, TensorWriter
 
@@ -211,9 +212,9 @@ def _release_config(
 ) -> dict[str, Any]:
     """The release's own `config.json`, with this folder's file names and TTT's section."""
     raw = dict(lm_settings(None) if release.raw_config is None else release.raw_config)
-    raw.pop("model_id", None)  # it names the weights that this run began with
-    raw.pop("mimi_config_name", None)
-    raw.pop(SECTION, None)
+    # Of the weights that this run began with, whose adapters are merged now.
+    for key in ("model_id", "mimi_config_name", SECTION, *ADAPTER_KEYS):
+        raw.pop(key, None)
     mimi_name, tokenizer_name = files
     raw |= {"moshi_name": MOSHI_FILE, "mimi_name": mimi_name, "tokenizer_name": tokenizer_name}
     if release.mimi_config is not None:

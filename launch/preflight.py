@@ -19,12 +19,13 @@ from launch.config import (
     resolve_global_batch_size,
 )
 from launch.errors import UserError
-from launch.model_checks import model_problems, ttt_section
+from launch.model_checks import lora_settings, model_problems, ttt_section
 from launch.run_folder import adopt_saved, checkpoint_problems, run_dir_problems
 from launch.unbuilt import refuse_unbuilt
 from ttt_dist.data.manifest import DataError, read_sources
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.release import open_release, released_ttt
+from ttt_dist.moshi.released_lora import adapter_differences, released_adapters
 from ttt_dist.moshi.released_ttt import ttt_differences
 
 FRAMES_PER_SECOND = 12.5
@@ -253,6 +254,8 @@ def check_start(
             found = model_problems(config, lm_config, reading.bad_keys)
             if not found and not any(key.startswith("ttt") for key in reading.bad_keys):
                 found = ttt_differences(released_ttt(release), ttt_section(config, lm_config))
+            if not any(key.startswith("lora") for key in reading.bad_keys):
+                found += adapter_differences(released_adapters(release), lora_settings(config))
             problems += found
     if problems or release is None:
         raise UserError(problems)

@@ -13,7 +13,7 @@ from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from tqdm import tqdm
 
 from launch.config import TrainConfig
-from launch.model_checks import build_ttt_config
+from launch.model_checks import build_ttt_config, lora_settings
 from launch.parameter_table import parameter_table
 from launch.prepare import open_cache, read_splits
 from launch.run_folder import RunFolder
@@ -29,6 +29,7 @@ from ttt_dist.moshi.build import (
     TTTPlacement,
     build_model,
     freeze_base,
+    is_ttt_parameter,
     lm_settings,
     select_layers,
 )
@@ -38,7 +39,7 @@ from ttt_dist.moshi.context import (
     read_attention_contexts,
     set_attention_contexts,
 )
-from ttt_dist.moshi.lora import LoRASettings
+from ttt_dist.moshi.released_lora import released_adapters
 from ttt_dist.moshi.weights import init_adapters, init_ttt_weights, load_base_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -93,9 +94,10 @@ def make_model(
     master, compute = model_dtypes(config, device)
     model = lay_out_model(config, release.lm_config, mesh, compute)
     model.to_empty(device=device)
-    loaded = load_base_weights(model, Path(release.moshi_weights))
+    adapters = released_adapters(release)
+    loaded = load_base_weights(model, Path(release.moshi_weights), adapters)
     initialised = init_ttt_weights(model, config.seed, loaded)
-    adapted = init_adapters(model, config.seed)
+    adapted = init_adapters(model, config.seed, loaded)
     model.train()
 
     contexts = read_attention_contexts(model)
@@ -104,12 +106,16 @@ def make_model(
     check_attention_contexts(contexts, ttt_layers=layers, **attention_windows(config))
     say(f"attention context: {describe_attention_contexts(contexts)}")
     say("\n".join(parameter_table(model)))
-    if loaded:
-        say(f"TTT weights: {len(loaded)} tensors from {release.moshi_weights}")
-    if config.ttt.enable and initialised == 0 and not loaded:
+    loaded_ttt = {name for name in loaded if is_ttt_parameter(name)}
+    if loaded_ttt:
+        say(f"TTT weights: {len(loaded_ttt)} tensors from the release")
+    if config.ttt.enable and initialised == 0 and not loaded_ttt:
         raise RuntimeError("TTT is enabled, but no TTT parameter was initialised or loaded")
-    if config.lora.enable and adapted == 0:
-        raise RuntimeError("LoRA is enabled, but no adapter was initialised")
+    if adapters is not None:
+        done = "go on training" if config.lora.enable else "merged into the weights"
+        say(f"adapters of the release, {adapters.path}: {done}")
+    if config.lora.enable and adapted == 0 and loaded == loaded_ttt:
+        raise RuntimeError("LoRA is enabled, but no adapter was initialised or loaded")
     say(f"compute in {str(compute).removeprefix('torch.')}, master weights in {str(master)[6:]}")
     return model
 
@@ -162,12 +168,6 @@ def ttt_placement(config: TrainConfig, lm_config: dict[str, Any] | None) -> TTTP
         layers=select_layers(config.ttt.layers, settings["num_layers"]),
         initial_alpha=config.ttt.initial_gating_alpha,
     )
-
-
-def lora_settings(config: TrainConfig) -> LoRASettings | None:
-    """The configured adapters; None where LoRA is off."""
-    lora = config.lora
-    return LoRASettings(lora.rank, lora.scaling) if lora.enable else None
 
 
 def model_dtypes(config: TrainConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

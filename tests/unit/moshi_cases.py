@@ -45,6 +45,20 @@ def active_hybrid_model(
     return model
 
 
+def make_release(folder: Path, **settings: object) -> Path:
+    """A release of the tiny model with more keys in its config.json.
+
+    Moshi's weights are real; of Mimi there is one tensor, and an empty tokenizer: they are copied.
+    """
+    folder.mkdir(parents=True)
+    names = {"mimi_name": "mimi.safetensors", "tokenizer_name": "tokenizer.model"}
+    (folder / "config.json").write_text(json.dumps(LM_CONFIG | names | settings))
+    save_release_weights(folder / "model.safetensors")
+    save_file({"codebook": torch.zeros(3)}, folder / "mimi.safetensors")
+    (folder / "tokenizer.model").touch()
+    return folder
+
+
 def split_release(path: Path, files: int = 3) -> Path:
     """`path` as several files with an index, which is returned; `path` itself is removed."""
     tensors = load_file(path)

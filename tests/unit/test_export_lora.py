@@ -9,31 +9,23 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from moshi.models.loaders import get_moshi_lm
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from launch.config import DEFAULT_CONFIG, dump_yaml, load_config
 from launch.export import main
 from launch.setup import lay_out_model
 from parallel.checkpoint import Progress
-from tests.distributed.tiny import LM_CONFIG, save_release_weights
+from tests.distributed.tiny import LM_CONFIG
+from tests.unit.moshi_cases import make_release
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import is_ttt_parameter
 from ttt_dist.moshi.lora import is_adapter_parameter, merge_adapters
 from ttt_dist.moshi.packed import stock_state_dict
 
-FILES = {"mimi_name": "mimi.safetensors", "tokenizer_name": "tokenizer.model"}
-
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """Moshi's weights are real; of Mimi one tensor, and an empty tokenizer: they are copied."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LM_CONFIG | FILES))
-    save_release_weights(folder / "model.safetensors")
-    save_file({"codebook": torch.zeros(3)}, folder / "mimi.safetensors")
-    (folder / "tokenizer.model").touch()
-    return folder
+    return make_release(tmp_path / "base")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ the frozen weight, so activations travel no more than without them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -61,19 +62,17 @@ class PackedLoRA(LoRALinear):
         return F.linear(x, own_rows(frozen)) + lora * self.scaling
 
 
-class OutputLoRA(LoRALinear):
-    """The adapter of an `OutputLinear`: inputs may be split over ranks, the output is summed."""
+class PlainLoRA(LoRALinear):
+    """moshi's adapter, put on a linear layer that is there already."""
 
-    def __init__(self, base: OutputLinear, lora: LoRASettings, dtype: torch.dtype) -> None:
-        super().__init__(
-            base.in_features,
-            base.out_features,
-            lora.rank,
-            lora.scaling,
-            device=base.weight.device,
-            dtype=dtype,
-        )
+    def __init__(self, base: nn.Linear, lora: LoRASettings, dtype: torch.dtype) -> None:
+        sizes = (base.in_features, base.out_features, lora.rank)
+        super().__init__(*sizes, lora.scaling, device=base.weight.device, dtype=dtype)
         self.frozen_W = base
+
+
+class OutputLoRA(PlainLoRA):
+    """The adapter of an `OutputLinear`: inputs may be split over ranks, the output is summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's inputs to all outputs."""
@@ -98,18 +97,20 @@ def add_adapters(module: nn.Module, lora: LoRASettings, dtype: torch.dtype) -> N
         elif isinstance(child, OutputLinear):
             setattr(module, name, OutputLoRA(child, lora, dtype))
         elif isinstance(child, nn.Linear):
-            adapted = LoRALinear(
-                child.in_features,
-                child.out_features,
-                lora.rank,
-                lora.scaling,
-                device=child.weight.device,
-                dtype=dtype,
-            )
-            adapted.frozen_W = child
-            setattr(module, name, adapted)
+            setattr(module, name, PlainLoRA(child, lora, dtype))
         else:
             add_adapters(child, lora, dtype)
+
+
+def adapter_shapes(model: nn.Module, rank: int) -> dict[str, list[int]]:
+    """Name to shape in a release of the adapters that `model`, which has none, could be given."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, PackedLinear)) and ".ttt." not in name:
+            *outputs, inputs = module.weight.shape
+            shapes[f"{name}.lora_A.weight"] = [rank, inputs]
+            shapes[f"{name}.lora_B.weight"] = [math.prod(outputs), rank]
+    return shapes
 
 
 def merge_adapters(module: nn.Module) -> None:
@@ -128,11 +129,25 @@ def merge_adapters(module: nn.Module) -> None:
 
 @torch.no_grad()
 def merged_weight(layer: LoRALinear) -> Tensor:
-    """`W + scaling * B A`, of `frozen_W`'s shape and dtype; summed in the widest dtype of all."""
-    frozen, down, up = layer.frozen_W.weight, layer.lora_A.weight, layer.lora_B.weight
-    wide = torch.promote_types(frozen.dtype, down.dtype)
-    product = up.flatten(0, -2).to(wide) @ down.to(wide)  # [outputs, inputs]
-    return (frozen.to(wide) + layer.scaling * product.view_as(frozen)).to(frozen.dtype)
+    """`W + scaling * B A`, of `frozen_W`'s shape and dtype."""
+    frozen = layer.frozen_W.weight
+    total = add_product(frozen, layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
+    return total.to(frozen.dtype)
+
+
+def add_product(frozen: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """`W + scaling * B A` of a whole weight, or of some of its rows and inputs.
+
+    Args:
+        frozen: W, `[..., inputs]`.
+        down: A, `[rank, inputs]`.
+        up: B, `[..., rank]`.
+
+    Returns:
+        `[..., inputs]`, in the widest dtype of all, float32 at least.
+    """
+    wide = torch.promote_types(torch.promote_types(frozen.dtype, down.dtype), torch.float32)
+    return (up.to(wide) @ down.to(wide)).mul_(scaling).add_(frozen)
 
 
 def is_adapter_parameter(name: str) -> bool:

@@ -21,6 +21,7 @@ from moshi.models.loaders import (
 
 from ttt_dist.moshi.build import is_ttt_parameter
 from ttt_dist.moshi.errors import ReleaseError, read_json_object
+from ttt_dist.moshi.released_lora import ADAPTERS_FILE, released_adapters
 from ttt_dist.moshi.released_ttt import SECTION
 from ttt_dist.moshi.tensor_files import (
     INDEX_SUFFIX,
@@ -31,11 +32,14 @@ from ttt_dist.moshi.tensor_files import (
 )
 
 # Configuration keys that name a file of the release, and what moshi falls back to.
-_FILE_KEYS = {
+FILE_KEYS = {
     "moshi_name": MOSHI_NAME,
     "mimi_name": MIMI_NAME,
     "tokenizer_name": TEXT_TOKENIZER_NAME,
 }
+# A name that begins so is a file elsewhere, as in moshi: on the hub, `hf://owner/name/file`, or of
+# this machine, `file:///path`.
+ON_HUB, ON_DISK = "hf://", "file://"
 
 
 def open_release(
@@ -53,16 +57,18 @@ def open_release(
             locks them) or a local folder with the same files.
         moshi_path, mimi_path, tokenizer_path, config_path: single local files that replace the
             release's own, as in moshi-finetune's `moshi_paths`. Moshi's weights may be an index of
-            several files (`model.safetensors.index.json`), in a release too.
+            several files (`model.safetensors.index.json`), in a release too. Adapters are looked
+            for beside `config.json`.
 
     Returns:
         moshi's `CheckpointInfo`: paths, `lm_config`, `mimi_config`, and its loaders. A folder that
-        `launch/export.py` wrote is a release too; `released_ttt` gives what it says of TTT.
+        `launch/export.py` wrote is a release too; `released_ttt` gives what it says of TTT, and
+        `released_lora.released_adapters` what of adapters.
 
     Raises:
         ReleaseError: the folder or repository lacks a file, the configuration is no JSON object,
             a weight file is no sound `.safetensors` (pickles are never read), or TTT's tensors and
-            their section in `config.json` come without each other.
+            their section in `config.json`, or adapters and theirs, come without each other.
     """
     overrides = {
         "moshi_weights": _override("moshi_paths.moshi_path", moshi_path),
@@ -70,6 +76,7 @@ def open_release(
         "tokenizer": _override("moshi_paths.tokenizer_path", tokenizer_path),
         "config_path": _override("moshi_paths.config_path", config_path),
     }
+    folder: Path | None = None
     if hf_repo_id is None:
         missing = [name for name, path in overrides.items() if path is None]
         if missing:
@@ -79,9 +86,9 @@ def open_release(
             )
         hf_repo_id = "local"
         # Mimi's configuration has no setting of its own; it lies beside the one that names it.
-        overrides = _fill_from_folder(Path(str(overrides["config_path"])).parent, overrides)
+        folder = Path(str(overrides["config_path"])).parent
     elif Path(hf_repo_id).expanduser().is_dir():
-        overrides = _fill_from_folder(Path(hf_repo_id).expanduser(), overrides)
+        folder = Path(hf_repo_id).expanduser()
     elif hf_repo_id.startswith((".", "/", "~")) or hf_repo_id.count("/") != 1:
         raise ReleaseError(
             f"moshi_paths.hf_repo_id: found {hf_repo_id!r}, which is neither an existing folder "
@@ -90,10 +97,10 @@ def open_release(
     if overrides["config_path"] is not None:
         read_json_object(overrides["config_path"])
     try:
-        if overrides["config_path"] is None:
-            overrides["config_path"] = _fetch(hf_repo_id, "config.json")
-        if overrides["moshi_weights"] is None:
-            overrides["moshi_weights"] = _fetch_indexed(hf_repo_id, overrides["config_path"])
+        if folder is not None:
+            overrides = _fill_from_folder(folder, overrides)
+        else:
+            overrides = _fill_from_hub(hf_repo_id, overrides)
         info = CheckpointInfo.from_hf_repo(hf_repo_id, **overrides)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -101,14 +108,17 @@ def open_release(
             f"moshi_paths.hf_repo_id: cannot fetch {hf_repo_id!r}: {first_line}; check the name "
             "and the network, or give a local folder in the release layout"
         ) from error
-    for field, path in (("moshi", info.moshi_weights), ("mimi", info.mimi_weights)):
+    weights = {"moshi": info.moshi_weights, "mimi": info.mimi_weights}
+    if info.lora_weights is not None:
+        weights["adapters'"] = info.lora_weights
+    for field, path in weights.items():
         if path.suffix != ".safetensors" and not (field == "moshi" and is_index(path)):
             raise ReleaseError(
                 f"{field} weights: found {path}, allowed are .safetensors files only (a pickle can "
                 "run code when it is loaded); convert the file first"
             )
         check_tensor_files(path)
-    _check_ttt(info)
+    _check_added(info)
     return info
 
 
@@ -120,12 +130,14 @@ def released_ttt(info: CheckpointInfo) -> Any:
     return None if info.raw_config is None else info.raw_config.get(SECTION)
 
 
-def _check_ttt(info: CheckpointInfo) -> None:
+def _check_added(info: CheckpointInfo) -> None:
     """Take the `ttt` section out of `info.lm_config`; it and TTT's tensors come together."""
     section = released_ttt(info)
     if info.lm_config is not None:
         info.lm_config.pop(SECTION, None)
-    with TensorFiles(info.moshi_weights) as files:
+    adapters = released_adapters(info)
+    over = None if adapters is None else adapters.path
+    with TensorFiles(info.moshi_weights, over=over) as files:
         has_tensors = any(map(is_ttt_parameter, files.keys()))
     if has_tensors and section is None:
         raise ReleaseError(
@@ -137,6 +149,24 @@ def _check_ttt(info: CheckpointInfo) -> None:
             f"config.json: its section ttt tells of TTT layers, but {info.moshi_weights} has no "
             "tensors of theirs; use the weights that were exported with it"
         )
+
+
+def _fill_from_hub(repo_id: str, overrides: dict[str, Path | None]) -> dict[str, Path | None]:
+    """Paths of the files of a repository that moshi's own code wouldn't find."""
+    filled = dict(overrides)
+    given = filled["config_path"]
+    if given is None:
+        filled["config_path"] = _fetch(repo_id, "config.json")
+    config = {} if filled["config_path"] is None else read_json_object(filled["config_path"])
+    name = str(config.get("moshi_name", MOSHI_NAME))
+    if filled["moshi_weights"] is None and not name.startswith(ON_DISK):
+        filled["moshi_weights"] = _fetch_indexed(*_place_on_hub(repo_id, name))
+    beside = None if given is None else _adapters_beside(given)
+    if beside is not None and beside.is_file():
+        filled["lora_weights"] = beside
+    elif config.get("lora") and config.get("lora_name") is None:
+        filled["lora_weights"] = _fetch(repo_id, ADAPTERS_FILE)
+    return filled
 
 
 def _fetch(repo_id: str, name: str) -> Path | None:
@@ -153,14 +183,25 @@ def _fetch(repo_id: str, name: str) -> Path | None:
         return None
 
 
-def _fetch_indexed(repo_id: str, config_path: Path | None) -> Path | None:
-    """The index of a repository whose Moshi comes in several files, all fetched; else None."""
-    config = {} if config_path is None else read_json_object(config_path)
-    index = _fetch(repo_id, str(config.get("moshi_name", MOSHI_NAME)) + INDEX_SUFFIX)
+def _fetch_indexed(repo_id: str, name: str) -> Path | None:
+    """The index of a repository whose Moshi, `name`, comes in several files, all fetched; or None.
+
+    The files stand beside the index, whose names are plain.
+    """
+    index = _fetch(repo_id, name + INDEX_SUFFIX)
     if index is not None:
-        for name in names_in_index(index):
-            hf_hub_download(repo_id, name)
+        folder = name.rpartition("/")[0]
+        for part in names_in_index(index):
+            hf_hub_download(repo_id, f"{folder}/{part}" if folder else part)
     return index
+
+
+def _place_on_hub(repo_id: str, name: str) -> tuple[str, str]:
+    """Repository and file that a configuration of the repository `repo_id` calls `name`."""
+    if not name.startswith(ON_HUB):
+        return repo_id, name
+    owner, repository, path = (*name.removeprefix(ON_HUB).split("/", 2), "", "")[:3]
+    return f"{owner}/{repository}", path
 
 
 def _override(field: str, value: str | None) -> Path | None:
@@ -170,6 +211,30 @@ def _override(field: str, value: str | None) -> Path | None:
     if not path.is_file():
         raise ReleaseError(f"{field}: found {value!r}, which is no file")
     return path
+
+
+def _adapters_beside(config_path: Path) -> Path | None:
+    """The adapters of a `config.json` on disk; None where it tells of none, or they aren't there.
+
+    moshi-finetune leaves them there without naming them.
+    """
+    config = read_json_object(config_path)
+    name = config.get("lora_name")
+    if name is None and config.get("lora"):
+        beside = config_path.parent / ADAPTERS_FILE
+        return beside if beside.is_file() else None
+    return None if name is None else _located(config_path.parent, str(name))
+
+
+def _located(folder: Path, name: str) -> Path:
+    """The file that a configuration in `folder` calls `name`, fetched where it is on the hub."""
+    if name.startswith(ON_HUB):
+        repo_id, path = _place_on_hub("", name)
+        index = _fetch_indexed(repo_id, path) if path.endswith(".safetensors") else None
+        return index or Path(hf_hub_download(repo_id, path))
+    if name.startswith(ON_DISK):
+        return Path(name.removeprefix(ON_DISK))
+    return folder / name
 
 
 def _fill_from_folder(folder: Path, overrides: dict[str, Path | None]) -> dict[str, Path | None]:
@@ -190,13 +255,14 @@ def _fill_from_folder(folder: Path, overrides: dict[str, Path | None]) -> dict[s
     }
     for key, target in targets.items():
         if filled[target] is None:
-            filled[target] = folder / str(raw.get(key, _FILE_KEYS[key]))
+            filled[target] = _located(folder, str(raw.get(key, FILE_KEYS[key])))
     weights = filled["moshi_weights"]
     if weights is not None and not weights.exists():
         index = weights.with_name(weights.name + INDEX_SUFFIX)
         filled["moshi_weights"] = index if index.is_file() else weights
     if raw.get("mimi_config_name") is not None:
-        filled["mimi_config_path"] = folder / str(raw["mimi_config_name"])
+        filled["mimi_config_path"] = _located(folder, str(raw["mimi_config_name"]))
+    filled["lora_weights"] = _adapters_beside(config_path)
     missing = [str(path) for path in filled.values() if path is not None and not path.is_file()]
     if missing:
         raise ReleaseError(f"{config_path} names files that are not there: {', '.join(missing)}")

@@ -50,23 +50,34 @@ def check_tensor_files(path: Path) -> None:
 class TensorFiles:
     """All tensors of a file or an index, opened once; a context manager.
 
+    Args:
+        path: of the file or the index.
+        over: of another, whose tensors stand in place of those of the same names.
+
     Raises:
         ReleaseError: as `check_tensor_files`, or an index and its files tell of different tensors.
     """
 
-    def __init__(self, path: Path) -> None:
-        check_tensor_files(path)
+    def __init__(self, path: Path, over: Path | None = None) -> None:
         self._stack = ExitStack()
         self._by_key: dict[str, Any] = {}
         try:
-            for file in files_behind(path):
-                opened = self._stack.enter_context(_open(file))
-                self._by_key |= dict.fromkeys(opened.keys(), opened)
-            if is_index(path):
-                _compare_with_index(path, set(self._by_key))
+            for source in (path,) if over is None else (path, over):
+                self._by_key |= self._opened(source)
         except ReleaseError:
             self._stack.close()
             raise
+
+    def _opened(self, path: Path) -> dict[str, Any]:
+        """Name of each tensor to the open file that holds it."""
+        check_tensor_files(path)
+        by_key: dict[str, Any] = {}
+        for file in files_behind(path):
+            opened = self._stack.enter_context(_open(file))
+            by_key |= dict.fromkeys(opened.keys(), opened)
+        if is_index(path):
+            _compare_with_index(path, set(by_key))
+        return by_key
 
     def __enter__(self) -> TensorFiles:
         return self
