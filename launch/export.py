@@ -1,7 +1,7 @@
 """Write a trained model as a folder in the layout of Kyutai's releases.
 
-    python launch/export.py RUN_DIR [--step N] [--out FOLDER] [--base-only] [--merge-lora]
-                            [--dtype float32]
+    python launch/export.py RUN_DIR [--step N] [--out FOLDER] [--base-only]
+                            [--merge-lora | --adapters-only] [--dtype float32]
 
 Takes a sharded checkpoint of any layout; one process, without torchrun and GPU. Tensors go one by
 one from the checkpoint into the file, so a few of the largest have to fit in memory, never the
@@ -9,8 +9,13 @@ model. The folder appears complete or not at all, and none is written over.
 
 Without --base-only the folder holds the TTT layers: `config.json` has a section `ttt`, which stock
 moshi refuses; train on from it with `moshi_paths.hf_repo_id=FOLDER`. With --base-only it holds
-Moshi alone, for stock moshi. Adapters (LoRA) are added to the weights that they adapt, and that is
-asked for by --merge-lora.
+Moshi alone, for stock moshi.
+
+A run with adapters (LoRA) asks for one of two: --merge-lora adds them to the weights that they
+adapt; --adapters-only writes `lora.safetensors` with everything that was trained, and a
+`config.json` that names the base's files where they are. Both go on training here; with --base-only
+`moshi.server --config-path FOLDER/config.json --lora-weight FOLDER/lora.safetensors` takes them.
+Without it the file holds the TTT layers, which stock moshi refuses.
 """
 
 from __future__ import annotations
@@ -35,27 +40,32 @@ from tqdm import tqdm
 
 from launch.config import TrainConfig, load_config
 from launch.errors import UserError, exit_with
+from launch.export_config import (
+    MIMI_CONFIG_FILE,
+    MOSHI_FILE,
+    copied_files,
+    names_inside,
+    release_config,
+)
 from launch.export_tensors import TrainedTensors, tensor_specs
-from launch.model_checks import ttt_section
+from launch.model_checks import lora_settings, ttt_section
 from launch.run_folder import RunFolder
 from launch.setup import lay_out_model
 from parallel.checkpoint import CheckpointError, list_checkpoints, read_progress
-from ttt_dist.moshi.build import lm_settings
+from ttt_dist.moshi.build import is_ttt_parameter, lm_settings
 from ttt_dist.moshi.context import (
     check_attention_contexts,
     describe_attention_contexts,
     read_attention_contexts,
 )
 from ttt_dist.moshi.errors import ReleaseError
-from ttt_dist.moshi.release import open_release
-from ttt_dist.moshi.released_lora import ADAPTER_KEYS
-from ttt_dist.moshi.released_ttt import SECTION
+from ttt_dist.moshi.release import names_elsewhere, open_release
+from ttt_dist.moshi.released_lora import ADAPTERS_FILE, released_adapters
+from ttt_dist.moshi.tensor_files import TensorFiles
 from ttt_dist.moshi.tensor_writer import TensorSpec, TensorWriter
 
 TITLE = "Can't export"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-MOSHI_FILE, MIMI_FILE = "model.safetensors", "mimi.safetensors"
-MIMI_CONFIG_FILE = "mimi_config.json"
 
 
 @dataclass(frozen=True)
@@ -64,12 +74,15 @@ class Export:
 
     Attributes:
         tensors: the checkpoint's.
-        specs: name to shape and dtype of what `model.safetensors` will hold.
+        file: name of the file of tensors.
+        specs: name to shape and dtype of what it will hold.
         config: the folder's `config.json`.
+        mimi_config: Mimi's, where the folder has it.
         files: name in the folder to the file that is copied there.
     """
 
     tensors: TrainedTensors
+    file: str
     specs: dict[str, TensorSpec]
     config: dict[str, Any]
     mimi_config: dict[str, Any] | None
@@ -104,12 +117,18 @@ def find_checkpoint(run: Path, step: int | None) -> Path:
 
 
 def plan_export(
-    run: Path, step: int | None, *, base_only: bool, merge_lora: bool, dtype: torch.dtype
+    run: Path,
+    step: int | None,
+    *,
+    base_only: bool = False,
+    merge_lora: bool = False,
+    adapters_only: bool = False,
+    dtype: torch.dtype,
 ) -> Export:
     """Everything about an export but its tensors' values.
 
     Args:
-        merge_lora: has to be asked for where the run trained adapters.
+        merge_lora, adapters_only: one of them has to be asked for where the run trained adapters.
         dtype: of Moshi's tensors; TTT's are float32.
 
     Raises:
@@ -118,16 +137,7 @@ def plan_export(
     checkpoint = find_checkpoint(run, step)
     progress = read_progress(checkpoint)
     config = load_config(run / "config.yaml")
-    if config.lora.enable and not merge_lora:
-        raise UserError(
-            f"RUN_DIR: {run} trained LoRA adapters (lora.enable: true); add --merge-lora, which "
-            "adds them to the weights that they adapt",
-            title=TITLE,
-        )
-    if merge_lora and not config.lora.enable:
-        raise UserError(
-            f"--merge-lora: {run} has no adapters (lora.enable: false); leave it out", title=TITLE
-        )
+    _check_adapters_wanted(run, config, merge_lora=merge_lora, adapters_only=adapters_only)
     release = open_release(**config.moshi_paths.model_dump())
     model = lay_out_model(config, release.lm_config, None, torch.float32)
     section = ttt_section(config, lm_settings(release.lm_config))
@@ -139,7 +149,6 @@ def plan_export(
             ttt_context=section["ttt_layer_context"],
             other_context=section["non_ttt_layer_context"],
         )
-    files = _files(release)
     summary = [
         f"checkpoint: {checkpoint}, saved on "
         + " x ".join(f"{axis} {size}" for axis, size in progress.layout.items()),
@@ -150,15 +159,74 @@ def plan_export(
             f"without TTT: attention context {lm_settings(release.lm_config).get('context')} in "
             "every layer, the release's own"
         )
+    adapters_for: set[str] | None = None
+    files = {} if adapters_only else copied_files(release)
+    names = names_inside(release)
+    if adapters_only:
+        summary.append(f"adapters of rank {config.lora.rank} for {release.moshi_weights}")
+        adapters_for = _replaced_names(release)
+        _check_base(release, base_only=base_only)
+        names = names_elsewhere(release, **config.moshi_paths.model_dump())
+    specs = tensor_specs(model, base_only=base_only, dtype=dtype, adapters_for=adapters_for)
     return Export(
-        tensors=TrainedTensors(checkpoint, model, config.lora.scaling),
-        specs=tensor_specs(model, base_only=base_only, dtype=dtype),
-        config=_release_config(config, release, files, None if base_only else section),
-        mimi_config=release.mimi_config,
+        tensors=TrainedTensors(checkpoint, model, config.lora.scaling if merge_lora else None),
+        file=ADAPTERS_FILE if adapters_only else MOSHI_FILE,
+        specs=specs,
+        config=release_config(
+            release,
+            names,
+            section=None if base_only else section,
+            adapters=lora_settings(config) if adapters_only else None,
+        ),
+        mimi_config=None if adapters_only else release.mimi_config,
         files=files,
         step=progress.step,
         summary="\n".join(summary),
     )
+
+
+def _check_adapters_wanted(
+    run: Path, config: TrainConfig, *, merge_lora: bool, adapters_only: bool
+) -> None:
+    """A run with adapters says what is to become of them, and no other does."""
+    asked = [
+        flag
+        for flag, given in (("--merge-lora", merge_lora), ("--adapters-only", adapters_only))
+        if given
+    ]
+    if len(asked) == 2:
+        raise UserError(f"{' and '.join(asked)}: allowed is one of them", title=TITLE)
+    if asked and not config.lora.enable:
+        raise UserError(
+            f"{asked[0]}: {run} has no adapters (lora.enable: false); leave it out", title=TITLE
+        )
+    if config.lora.enable and not asked:
+        raise UserError(
+            f"RUN_DIR: {run} trained LoRA adapters (lora.enable: true); add --merge-lora, which "
+            "adds them to the weights that they adapt, or --adapters-only, which writes them by "
+            "themselves",
+            title=TITLE,
+        )
+
+
+def _check_base(release: CheckpointInfo, *, base_only: bool) -> None:
+    """Adapters without TTT need a base without."""
+    with TensorFiles(release.moshi_weights) as files:
+        if base_only and any(map(is_ttt_parameter, files.keys())):
+            raise UserError(
+                f"--base-only: the run's base, {release.moshi_weights}, holds TTT layers, so stock "
+                "moshi can't load it with the adapters; use --merge-lora --base-only",
+                title=TITLE,
+            )
+
+
+def _replaced_names(release: CheckpointInfo) -> set[str]:
+    """Tensors that the run's own base takes from another file than Moshi's."""
+    adapters = released_adapters(release)
+    if adapters is None:
+        return set()
+    with TensorFiles(adapters.path) as files:
+        return files.keys()
 
 
 def write_export(plan: Export, out: Path) -> None:
@@ -186,7 +254,7 @@ def write_export(plan: Export, out: Path) -> None:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
             folder = Path(temporary) / out.name
             folder.mkdir()
-            _write_tensors(plan, folder / MOSHI_FILE)
+            _write_tensors(plan, folder / plan.file)
             for name, path in plan.files.items():
                 shutil.copyfile(path, folder / name)
             if plan.mimi_config is not None:
@@ -195,33 +263,6 @@ def write_export(plan: Export, out: Path) -> None:
             folder.rename(out)
     except OSError as error:
         raise UserError(f"--out: {out} can't be written: {error}", title=TITLE) from error
-
-
-def _files(release: CheckpointInfo) -> dict[str, Path]:
-    """Name in the folder to file, of what is copied."""
-    mimi = release.mimi_weights
-    name = mimi.name if mimi.name != MOSHI_FILE else MIMI_FILE
-    return {name: mimi, release.tokenizer.name: release.tokenizer}
-
-
-def _release_config(
-    config: TrainConfig,
-    release: CheckpointInfo,
-    files: dict[str, Path],
-    section: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The release's own `config.json`, with this folder's file names and TTT's section."""
-    raw = dict(lm_settings(None) if release.raw_config is None else release.raw_config)
-    # Of the weights that this run began with, whose adapters are merged now.
-    for key in ("model_id", "mimi_config_name", SECTION, *ADAPTER_KEYS):
-        raw.pop(key, None)
-    mimi_name, tokenizer_name = files
-    raw |= {"moshi_name": MOSHI_FILE, "mimi_name": mimi_name, "tokenizer_name": tokenizer_name}
-    if release.mimi_config is not None:
-        raw["mimi_config_name"] = MIMI_CONFIG_FILE
-    if section is not None:
-        raw[SECTION] = section
-    return raw
 
 
 def _write_tensors(plan: Export, path: Path) -> None:
@@ -259,7 +300,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--merge-lora", action="store_true", help="add LoRA adapters to the weights they adapt"
     )
-    parser.add_argument("--adapters-only", action="store_true", help="refused: not built yet")
+    parser.add_argument(
+        "--adapters-only", action="store_true", help="what was trained, in lora.safetensors"
+    )
     return parser.parse_args(arguments)
 
 
@@ -267,28 +310,23 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; a person's mistake ends it with exit code 2 and one message."""
     options = parse_arguments(arguments)
     try:
-        if options.adapters_only:
-            raise UserError(
-                "--adapters-only: writing adapters by themselves isn't built yet; --merge-lora "
-                "adds them to the weights that they adapt",
-                title=TITLE,
-            )
         plan = plan_export(
             options.run,
             options.step,
             base_only=options.base_only,
             merge_lora=options.merge_lora,
+            adapters_only=options.adapters_only,
             dtype=DTYPES[options.dtype],
         )
-        kind = "export-base" if options.base_only else "export"
-        out = options.out or options.run / f"{kind}-step-{plan.step:06d}"
+        kind = "-adapters" * options.adapters_only + "-base" * options.base_only
+        out = options.out or options.run / f"export{kind}-step-{plan.step:06d}"
         print(plan.summary, flush=True)
         write_export(plan, out)
     except UserError as error:
         exit_with(error)
     except (CheckpointError, ReleaseError) as error:
         exit_with(UserError(str(error), title=TITLE))
-    print(f"folder: {out}: {len(plan.specs)} tensors in {MOSHI_FILE}")
+    print(f"folder: {out}: {len(plan.specs)} tensors in {plan.file}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tests.ranks import REPO, run_command
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import build_model
 from ttt_dist.moshi.release import open_release
+from ttt_dist.moshi.released_lora import released_adapters
 from ttt_dist.moshi.weights import init_adapters, init_ttt_weights, load_base_weights
 
 TRAIN = REPO / "launch" / "train.py"
@@ -103,15 +104,20 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def initial_model(run: Run) -> TTTMoshi:
-    """The model that a run began with, whole and in one process: base, initial TTT and adapters."""
+def initial_model(run: Run, release: Path | None = None) -> TTTMoshi:
+    """The model that a run began with, whole and in one process: base, initial TTT and adapters.
+
+    Args:
+        release: begin with this one instead.
+    """
     config = load_config(run.folder / "config.yaml")
-    release = open_release(**config.moshi_paths.model_dump())
-    placement = ttt_placement(config, release.lm_config)
-    model = build_model(release.lm_config, placement, lora_settings(config), device="cpu")
-    load_base_weights(model, Path(release.moshi_weights))
-    init_ttt_weights(model, config.seed)
-    init_adapters(model, config.seed)
+    paths = config.moshi_paths.model_dump()
+    info = open_release(**paths) if release is None else open_release(str(release))
+    placement = ttt_placement(config, info.lm_config)
+    model = build_model(info.lm_config, placement, lora_settings(config), device="cpu")
+    loaded = load_base_weights(model, Path(info.moshi_weights), released_adapters(info))
+    init_ttt_weights(model, config.seed, loaded)
+    init_adapters(model, config.seed, loaded)
     return model
 
 

@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from moshi.models.loaders import CheckpointInfo
 
+from launch.export import main
 from tests.integration.runs import TIMEOUT, TRAIN, Run, check_trained, initial_model
 from tests.ranks import REPO, run_ranks
-from ttt_dist.moshi.build import is_ttt_parameter
+from ttt_dist.moshi.build import is_ttt_parameter, without_ttt
 from ttt_dist.moshi.lora import is_adapter_parameter
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -45,6 +47,44 @@ def test_adapters_train_over_ranks_and_resume(resumed):
     (row,) = re.findall(r"^LoRA adapters +([\d,]+) +([\d,]+)", resumed.job.stdout, re.MULTILINE)
     elements = sum(initial[name].numel() for name in adapters)
     assert [int(cell.replace(",", "")) for cell in row] == [elements, elements]
+
+
+def test_adapters_by_themselves_give_the_trained_model_back(resumed, tmp_path):
+    """Written from a checkpoint of two tensor-parallel ranks, embeddings and TTT included."""
+    out = tmp_path / "out"
+    main([str(resumed.folder), "--adapters-only", "--dtype", "float32", "--out", str(out)])
+    saved = resumed.checkpoint(3)
+    model = initial_model(resumed, release=out)
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, saved[f"model.{n}"])]
+    assert changed == []
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_moshi_takes_the_adapters_and_gives_our_logits_without_ttt(resumed, tmp_path, fuse):
+    """As `moshi.server --lora-weight` does, which merges them unless it is told not to."""
+    out = tmp_path / "out"
+    options = ["--adapters-only", "--base-only", "--dtype", "float32"]
+    main([str(resumed.folder), *options, "--out", str(out)])
+    info = CheckpointInfo.from_hf_repo(
+        "none/at-all",
+        lora_weights=str(out / "lora.safetensors"),
+        config_path=str(out / "config.json"),
+    )
+    stock = info.get_moshi(dtype=torch.float32, fuse_lora=fuse)
+    ours = initial_model(resumed)
+    saved = resumed.checkpoint(3)
+    ours.load_state_dict({name: saved[f"model.{name}"] for name in ours.state_dict()})
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 100, (2, stock.num_codebooks, 30), generator=generator)
+    with torch.no_grad(), without_ttt(ours):
+        found, expected, untrained = ours(codes), stock(codes), initial_model(resumed)(codes)
+    for kind in ("logits", "text_logits"):
+        a, b = getattr(found, kind).nan_to_num(), getattr(expected, kind).nan_to_num()
+        # Apart, bit for bit; merged, other sums in float32: 4e-6 of logits up to 3.
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 if fuse else 0)
+        assert (a - getattr(untrained, kind).nan_to_num()).abs().max() > 1e-2
+    assert info.get_mimi().sample_rate == 24000
+    assert info.get_text_tokenizer().vocab_size() == stock.text_card
 
 
 def test_verify_takes_the_flags_and_passes(tmp_path):

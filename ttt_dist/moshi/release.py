@@ -130,6 +130,41 @@ def released_ttt(info: CheckpointInfo) -> Any:
     return None if info.raw_config is None else info.raw_config.get(SECTION)
 
 
+def names_elsewhere(
+    info: CheckpointInfo,
+    hf_repo_id: str | None,
+    *,
+    moshi_path: str | None = None,
+    mimi_path: str | None = None,
+    tokenizer_path: str | None = None,
+    config_path: str | None = None,
+) -> dict[str, str]:
+    """Names of an opened release's files for a `config.json` that doesn't stand beside them.
+
+    Args:
+        info: what `open_release` gave for the other arguments.
+
+    Returns:
+        `moshi_name`, `mimi_name`, `tokenizer_name` and, where the release has one,
+        `mimi_config_name`: `hf://owner/name/file` or `file:///path`, which moshi knows too.
+    """
+    raw = info.raw_config or {}
+    given = {"moshi_name": moshi_path, "mimi_name": mimi_path, "tokenizer_name": tokenizer_path}
+    folder = Path(str(hf_repo_id or Path(str(config_path)).parent)).expanduser()
+    names: dict[str, str | None] = {}
+    for key, default in (*FILE_KEYS.items(), ("mimi_config_name", None)):
+        name, override = raw.get(key, default), given.get(key)
+        if override is not None:
+            names[key] = f"{ON_DISK}{Path(override).expanduser().resolve()}"
+        elif name is None or str(name).startswith((ON_HUB, ON_DISK)):
+            names[key] = name
+        elif folder.is_dir():
+            names[key] = f"{ON_DISK}{(folder / str(name)).resolve()}"
+        else:
+            names[key] = f"{ON_HUB}{hf_repo_id}/{name}"
+    return {key: name for key, name in names.items() if name is not None}
+
+
 def _check_added(info: CheckpointInfo) -> None:
     """Take the `ttt` section out of `info.lm_config`; it and TTT's tensors come together."""
     section = released_ttt(info)
