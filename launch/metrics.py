@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from launch.run_folder import RunFolder
+from launch.step_guard import BadStep
 from launch.wandb_log import WandbLog
 
 GIB = 1024**3
@@ -130,6 +132,7 @@ class MetricsLogger:
         self._wandb = wandb
         self._out = sys.stdout if out is None else out
         self._rows = JsonLines(folder.metrics)
+        self._bad_steps = folder.bad_steps
         self._tensorboard = SummaryWriter(str(folder.tensorboard)) if tensorboard else None
         self._bar = tqdm(
             total=max_steps,
@@ -215,6 +218,13 @@ class MetricsLogger:
         )
         self._say(f"eval after step {step}/{self._max_steps} | {shown}")
         return row
+
+    def log_bad_step(self, bad: BadStep) -> None:
+        """Log a step that was left out, in `bad_steps.jsonl`."""
+        rows = JsonLines(self._bad_steps)
+        rows.write(asdict(bad) | {"time": time.time()})
+        rows.close()
+        self._say(f"warning: {bad}")
 
     def say(self, line: str) -> None:
         """Print a line of your own without breaking the progress bar."""

@@ -114,7 +114,7 @@ def _layout_problems(config: TrainConfig, layout: dict[str, int]) -> list[str]:
     """What doesn't fit the ranks: the step's size, and the checkpoint of a resumed run."""
     problems = []
     if config.resume and not run_dir_problems(config):
-        problems += checkpoint_problems(config, layout)
+        problems += checkpoint_problems(config)
         config = adopt_saved(config)
     dp = layout["dp_replicate"] * layout["dp_shard"]
     return problems + _collect(partial(resolve_global_batch_size, config, dp))

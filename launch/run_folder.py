@@ -17,7 +17,9 @@ import torch
 
 from launch.config import REPO_ROOT, TIME, TrainConfig, dump_yaml, load_config, utc_timestamp
 from launch.errors import UserError
-from parallel.checkpoint import CheckpointError, list_checkpoints, read_progress
+from parallel.checkpoint import list_checkpoints, read_progress
+from parallel.checkpoint_manifest import structure_problems
+from parallel.checkpoint_metadata import CheckpointError
 
 State = Literal["running", "finished", "preempted", "failed"]
 PACKAGES = ("torch", "moshi", "torchtitan", "safetensors", "numpy", "sphn", "sentencepiece")
@@ -140,8 +142,8 @@ def run_dir_problems(config: TrainConfig) -> list[str]:
     return []
 
 
-def checkpoint_problems(config: TrainConfig, layout: Mapping[str, int]) -> list[str]:
-    """Why the run in `config.run_dir` can't be resumed on `layout` (ranks of each mesh axis)."""
+def checkpoint_problems(config: TrainConfig) -> list[str]:
+    """Why the run in `config.run_dir` can't be resumed, as far as names and sizes of files tell."""
     folder = RunFolder(Path(config.run_dir)).checkpoints
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
@@ -149,24 +151,29 @@ def checkpoint_problems(config: TrainConfig, layout: Mapping[str, int]) -> list[
             f"resume: {folder} holds no checkpoint (step-NNNNNN); start a new run in another "
             "run_dir, without resume"
         ]
-    newest = checkpoints[-1]
+    damaged = []
+    for path in reversed(checkpoints):
+        problems = structure_problems(path)
+        if not problems:
+            return _nothing_left(config, path)
+        damaged.append(f"{path.name}: {'; '.join(problems)}")
+    return [
+        f"resume: none of the checkpoints in {folder} is whole ({' | '.join(damaged)}); nothing "
+        "starts anew over them: restore one, or start a new run in another run_dir"
+    ]
+
+
+def _nothing_left(config: TrainConfig, newest: Path) -> list[str]:
     try:
         saved = read_progress(newest)
     except CheckpointError as error:
         return [f"resume: {error}"]
-    problems = []
-    if saved.step >= config.max_steps:
-        problems.append(
-            f"resume: {newest} has done {saved.step} steps and max_steps is {config.max_steps}, so "
-            "nothing is left to do; raise max_steps to train on"
-        )
-    if saved.layout != layout:
-        problems.append(
-            f"resume: {newest} was saved on {saved.layout}, this job has {dict(layout)}; going on "
-            "with another layout isn't built yet: start the same number of ranks with the same "
-            "parallel section"
-        )
-    return problems
+    if saved.step < config.max_steps:
+        return []
+    return [
+        f"resume: {newest} has done {saved.step} steps and max_steps is {config.max_steps}, so "
+        "nothing is left to do; raise max_steps to train on"
+    ]
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,10 @@ class RunFolder:
     @property
     def profile(self) -> Path:
         return self.path / "profile"
+
+    @property
+    def bad_steps(self) -> Path:
+        return self.path / "bad_steps.jsonl"
 
     def write_status(self, state: State, step: int, reason: str = "") -> None:
         """Say in `status.json` how far the run is, and why it ended."""
@@ -293,7 +304,7 @@ def versions() -> dict[str, str | None]:
 
 
 class RunStatus:
-    """Keeps `status.json` true: running inside the context, then finished, or failed and why.
+    """Keeps `status.json` true: running inside the context, then how it ended, and why.
 
     Args:
         folder: the run's.
@@ -301,12 +312,14 @@ class RunStatus:
 
     Attributes:
         step: steps done; set it after each.
+        preempted_by: name of the signal that the run ends for, or empty; set it before leaving.
     """
 
     def __init__(self, folder: RunFolder, rank: int) -> None:
         self._folder = folder
         self._writes = rank == 0
         self.step = 0
+        self.preempted_by = ""
 
     def __enter__(self) -> "RunStatus":
         self._write("running")
@@ -315,10 +328,16 @@ class RunStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, *_: object
     ) -> None:
-        if kind is None:
-            self._write("finished")
+        if kind is not None:
+            self.failed(f"{kind.__name__}: {error}")
+        elif self.preempted_by:
+            self._write("preempted", self.preempted_by)
         else:
-            self._write("failed", f"{kind.__name__}: {error}")
+            self._write("finished")
+
+    def failed(self, reason: str) -> None:
+        """The run ends now, for this reason."""
+        self._write("failed", reason)
 
     def _write(self, state: State, reason: str = "") -> None:
         if self._writes:

@@ -179,6 +179,15 @@ class ParallelConfig(Section):
     """reduce gradients to shards after each microbatch, not each step: less memory, more traffic"""
 
 
+class BadStepsConfig(Section):
+    """Steps with a loss or a gradient norm that isn't finite, or a spike: left out by all ranks."""
+
+    max_in_a_row: PositiveInt = 10
+    """stop the run, with a checkpoint, after so many one after the other"""
+    spike_factor: Annotated[float, Field(gt=1), _NUMBER] | None = None
+    """also leave out steps whose gradient norm is above this multiple of the running one"""
+
+
 class ProfileConfig(Section):
     enable: bool = False
     """write a torch profiler trace into the run folder"""
@@ -201,6 +210,7 @@ class TrainConfig(Section):
     ttt: TTTSection = Field(default_factory=TTTSection)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    bad_steps: BadStepsConfig = Field(default_factory=BadStepsConfig)
 
     seed: Annotated[int, Field(ge=0, lt=2**32), _NUMBER] = 0
     """of initial values and of the data order"""
@@ -248,6 +258,10 @@ class TrainConfig(Section):
     """steps between two checkpoints; below 1: after the last step alone"""
     num_ckpt_keep: PositiveInt | None = 3
     """newest checkpoints to keep; null: all"""
+    ckpt_keep_every: PositiveInt | None = None
+    """steps; checkpoints after a multiple of it are kept too"""
+    timeout_sec: PositiveFloat = 1800.0
+    """end the run, saying where, if a collective, step or evaluation batch takes longer"""
     save_adapters: bool = True
     """of moshi-finetune, without effect: checkpoints hold base weights and adapters apart"""
     overwrite_run_dir: bool = False

@@ -12,12 +12,14 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from tqdm import tqdm
 
-from launch.config import TrainConfig
+from launch.config import TrainConfig, utc_timestamp
 from launch.model_checks import build_ttt_config, lora_settings
 from launch.parameter_table import parameter_table
 from launch.prepare import open_cache, read_splits
 from launch.run_folder import RunFolder
-from parallel.checkpoint import list_checkpoints, load_checkpoint
+from parallel.checkpoint import Progress, list_checkpoints, load_checkpoint
+from parallel.checkpoint_manifest import content_problems
+from parallel.checkpoint_metadata import CheckpointError
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from ttt_dist.data.cache import CodesSpec
@@ -184,9 +186,34 @@ def resume(
     model: TTTMoshi,
     optimizers: OptimizersContainer,
     schedule: LRSchedulersContainer,
-) -> int:
-    """Load the newest checkpoint of the run, which preflight has looked at; returns steps done."""
-    newest = list_checkpoints(folder.checkpoints)[-1]
-    saved = load_checkpoint(newest, model, optimizers, schedule)
-    say(f"resumed after step {saved.step} from {newest}")
-    return saved.step
+) -> Progress:
+    """Load the newest good checkpoint of the run; newer ones, which are damaged, are set aside.
+
+    All ranks call it together.
+
+    Raises:
+        CheckpointError: none is good, or it does not fit the model.
+    """
+    damaged: dict[Path, list[str]] = {}
+    for path in reversed(list_checkpoints(folder.checkpoints)):
+        problems = content_problems(path)
+        if not problems:
+            break
+        damaged[path] = problems
+    else:
+        found = " | ".join(f"{path.name}: {'; '.join(why)}" for path, why in damaged.items())
+        raise CheckpointError(
+            f"resume: none of the checkpoints in {folder.checkpoints} is good ({found}); nothing "
+            "starts anew over them: restore one, or start a new run in another run_dir"
+        )
+    saved = load_checkpoint(path, model, optimizers, schedule)
+    for bad, problems in damaged.items():
+        # Its name is wanted again, when this run comes to that step.
+        aside = bad.with_name(f"damaged-{bad.name}-{utc_timestamp()}")
+        say(f"warning: {bad} is damaged ({'; '.join(problems)}); it is now {aside.name}")
+        if dist.get_rank() == 0:
+            bad.rename(aside)
+    for left in sorted(folder.checkpoints.glob(".saving-*")):
+        say(f"warning: {left} was never finished, and isn't used; you may delete it")
+    say(f"resumed after step {saved.step} from {path}")
+    return saved

@@ -19,12 +19,14 @@ from ttt_dist.moshi.loss import LossConfig, loss_weights, weighted_mean
 class StepLoss:
     """A step's loss, the mean over every sample of the step on all ranks (scalars on the device).
 
-    `total = text + audio` is what was differentiated.
+    `total = text + audio` is what was differentiated. `microbatches` `[M]`: what this rank's own
+    add to it, before any sum over ranks.
     """
 
     total: Tensor
     text: Tensor
     audio: Tensor
+    microbatches: Tensor
 
 
 def accumulate_gradients(
@@ -50,7 +52,7 @@ def accumulate_gradients(
     sums_of_weights = [torch.stack([text.sum(), audio.sum()]).double() for text, audio in weights]
     own = torch.stack(sums_of_weights).sum(dim=0)
     text_weight, audio_weight = sum_over_data_ranks(own, mesh.dp_group)
-    sums = torch.zeros(2, dtype=torch.float64, device=own.device)
+    losses = []
     for index, (codes, (text_w, audio_w)) in enumerate(zip(microbatches, weights, strict=True), 1):
         last = index == len(microbatches)
         reduce_gradients_after(model, last=last, every_microbatch=reduce_every_microbatch)
@@ -58,9 +60,10 @@ def accumulate_gradients(
         text = weighted_mean((text_ce * text_w).sum(), text_weight)
         audio = weighted_mean((audio_ce * audio_w).sum(), audio_weight)
         ((text + audio) * mesh.dp_size).backward()
-        sums += torch.stack([text.detach(), audio.detach()]).double()
-    text, audio = sum_over_data_ranks(sums, mesh.dp_group)
-    return StepLoss(total=text + audio, text=text, audio=audio)
+        losses.append(torch.stack([text.detach(), audio.detach()]).double())
+    by_microbatch = torch.stack(losses)  # [M, 2]
+    text, audio = sum_over_data_ranks(by_microbatch.sum(dim=0), mesh.dp_group)
+    return StepLoss(text + audio, text, audio, microbatches=by_microbatch.sum(dim=1))
 
 
 @dataclass(frozen=True)

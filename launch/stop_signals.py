@@ -74,6 +74,11 @@ class StopSignals:
         self._thread.join()
         os.close(self._read_end)
 
+    @property
+    def number(self) -> int:
+        """The number of `received`; 0 as long as there is none."""
+        return 0 if self.received is None else int(signal.Signals[self.received])
+
     def _watch(self) -> None:
         while numbers := os.read(self._read_end, 64):
             for number in numbers:

@@ -9,6 +9,7 @@ without torchrun, on GPUs and on CPUs.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from contextlib import nullcontext
@@ -40,8 +41,13 @@ from launch.profiling import open_profiler
 from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
 from launch.setup import make_model, open_data, resume, say
 from launch.step import accumulate_gradients, evaluate
+from launch.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
+from launch.stop_signals import StopSignals
 from launch.wandb_log import start_wandb
-from parallel.checkpoint import CheckpointError, save_checkpoint
+from launch.watchdog import Watchdog
+from parallel.checkpoint import Progress
+from parallel.checkpoint_metadata import CheckpointError
+from parallel.checkpoint_saver import CheckpointSaver, Keep
 from parallel.device import device_type, local_device
 from parallel.mesh import (
     Layout,
@@ -51,7 +57,7 @@ from parallel.mesh import (
     init_process_group,
     leave_job,
 )
-from parallel.reduce import clip_gradients
+from parallel.reduce import clip_gradients, highest_over_ranks
 from ttt_dist.data.batches import StepBatches, eval_batches
 from ttt_dist.data.dataset import GlobalOrder
 from ttt_dist.data.manifest import DataError
@@ -60,16 +66,14 @@ from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.flops import flops_per_frame
 from ttt_dist.moshi.loss import LossConfig
 
-# While train.py encodes audio by itself, ranks that are done wait in a collective.
-COLLECTIVE_TIMEOUT = timedelta(minutes=60)
-
 
 def train(start: Start) -> None:
     """The whole run, from the process group to the last line."""
     config = start.config
 
     # 1. Ranks: process group, mesh, what one step consumes.
-    init_process_group(COLLECTIVE_TIMEOUT)
+    # The watchdog tells more of a stuck collective than its own timeout, so it comes first.
+    init_process_group(timedelta(seconds=config.timeout_sec + 60))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = local_device()
     torch.manual_seed(config.seed)
@@ -94,7 +98,12 @@ def train(start: Start) -> None:
     for warning in run_warnings(config):
         say(f"warning: {warning}")
 
-    with RunStatus(folder, rank) as status:
+    status = RunStatus(folder, rank)
+    signals = StopSignals(
+        announce=lambda line: print(f"rank {rank}: {line}", flush=True),
+        on_abort=lambda: status.failed("aborted by a second SIGINT"),
+    )
+    with status, signals:
         # 3. Data: audio to codes where they are not cached, pieces in their global order.
         pieces = open_data(config, start.release, device)
         train_pieces, eval_pieces = pieces["train"], pieces.get("eval")
@@ -116,9 +125,12 @@ def train(start: Start) -> None:
         # 5. Optimizer, schedule, and where an earlier start of this run left off.
         optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
         schedule = build_schedule(optimizers, config.optim, config.max_steps)
+        counters: dict[str, float] = {}
         if config.resume:
-            status.step = resume(folder, model, optimizers, schedule)
+            saved = resume(folder, model, optimizers, schedule)
+            status.step, counters = saved.step, saved.counters
         first_step = status.step
+        guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
 
         logger = None
         if rank == 0:
@@ -142,7 +154,8 @@ def train(start: Start) -> None:
                 dp_size=mesh.dp_size,
                 limit=config.eval_batches and config.eval_batches * global_batch_size,
             )
-            return evaluate(model, batches, loss_config, mesh, device).as_metrics()
+            watched = watchdog.over(batches, "a batch of the evaluation")
+            return evaluate(model, watched, loss_config, mesh, device).as_metrics()
 
         def run_evaluation(step: int) -> None:
             values = held_out_losses()
@@ -154,26 +167,27 @@ def train(start: Start) -> None:
                 logger.log_eval(step, values)
 
         def save(step: int) -> None:
-            path = save_checkpoint(
-                folder.checkpoints,
-                model,
-                optimizers,
-                schedule,
+            watchdog.beat(f"the checkpoint after step {step}")
+            progress = Progress(
                 step=step,
                 global_batch_size=global_batch_size,
+                scheduler_steps=int(schedule.state_dict()["last_epoch"]),
                 layout=mesh.shape,
-                keep=config.num_ckpt_keep,
+                counters=guard.counters,
             )
-            if logger is not None:
-                logger.say(f"checkpoint: {path}")
+            saver.save(model, optimizers, schedule, progress)
 
         def is_due(step: int, frequency: int) -> bool:
             return step == config.max_steps or (frequency > 0 and step % frequency == 0)
 
         # 6. The loop.
-        if eval_pieces is not None and first_step == 0:
-            run_evaluation(0)
         with (
+            CheckpointSaver(
+                folder.checkpoints,
+                Keep(config.num_ckpt_keep, config.ckpt_keep_every),
+                on_commit=lambda path: logger.say(f"checkpoint: {path}") if logger else None,
+            ) as saver,
+            Watchdog(config.timeout_sec, rank, status.failed) as watchdog,
             StepBatches(
                 train_pieces,
                 order,
@@ -186,7 +200,10 @@ def train(start: Start) -> None:
             ) as batches,
             open_profiler(config.profile, folder.profile, rank) as profiler,
         ):
+            if eval_pieces is not None and first_step == 0:
+                run_evaluation(0)
             for step in range(first_step + 1, config.max_steps + 1):
+                watchdog.beat(f"step {step}")
                 microbatches = [codes.to(device) for codes in next(batches)]
                 loss = accumulate_gradients(
                     model,
@@ -195,42 +212,59 @@ def train(start: Start) -> None:
                     mesh,
                     reduce_every_microbatch=config.parallel.reduce_every_microbatch,
                 )
-                grad_norm = clip_gradients(model.parameters(), config.max_norm)
-                if not (grad_norm.isfinite() and loss.total.isfinite()):
-                    # Both are sums over all ranks, so all ranks stop here together.
-                    raise FloatingPointError(
-                        f"step {step}: loss {loss.total.item()}, gradient norm "
-                        f"{grad_norm.item()}; stopped before they reached the weights"
-                    )
+                grad_norm = clip_gradients(model.parameters(), config.max_norm).item()
+                problem = guard.problem(loss.total.item(), grad_norm)
+                # What one rank has met, all ranks act upon: before the weights are touched.
+                bad, unsaved, stop = highest_over_ranks(
+                    [problem is not None, saver.has_failed(), signals.number]
+                )
+                if unsaved:
+                    saver.finish()  # raises what went wrong
                 lr = max(group["lr"] for group in optimizers.optimizers[0].param_groups)
-                optimizers.step()
+                if bad:
+                    guard.skip()
+                    bad_step = describe_bad_step(step, problem, loss, batches.samples, train_pieces)
+                    if logger is not None:
+                        logger.log_bad_step(bad_step)
+                else:
+                    guard.accept(grad_norm)
+                    optimizers.step()
                 schedule.step()
                 optimizers.zero_grad()
                 status.step = step
                 profiler.step()
                 if logger is not None:
                     logger.after_step(frames=global_batch_size * train_pieces.frames)
-                    if is_due(step, config.log_freq):
+                    if is_due(step, config.log_freq) and not bad:
                         logger.log_step(
                             step,
                             loss=loss.total.item(),
                             text_loss=loss.text.item(),
                             audio_loss=loss.audio.item(),
-                            grad_norm=grad_norm.item(),
+                            grad_norm=grad_norm,
                             lr=lr,
                             peak_memory_gib=peak_memory_gib(device),
+                            extra={"skipped_steps": guard.skipped},
                         )
+                ends = bool(stop) or guard.must_stop
                 with logger.pause() if logger is not None else nullcontext():
-                    if eval_pieces is not None and is_due(step, config.eval_freq):
+                    if eval_pieces is not None and is_due(step, config.eval_freq) and not ends:
                         run_evaluation(step)
-                    if config.do_ckpt and is_due(step, config.ckpt_freq):
+                    if config.do_ckpt and (is_due(step, config.ckpt_freq) or ends):
                         save(step)
+                if guard.must_stop:
+                    raise UserError(too_many_bad_steps(guard, bad_step), title="The run stopped")
+                if stop:
+                    status.preempted_by = signal.Signals(stop).name
+                    break
 
         # 7. The end: what the run left, and what to do next.
         if logger is not None:
             logger.close()
             plot_losses(folder.metrics, folder.loss_curve)
     say(f"\nrun folder: {folder.path}\nloss curve: {folder.loss_curve}")
+    if status.preempted_by:
+        say(f"ended by {status.preempted_by} after step {status.step}; to go on: resume=true")
     say(f"next: tensorboard --logdir {folder.path.parent}")
     close_process_group()
 

@@ -1,43 +1,27 @@
-"""Sharded checkpoints (DCP): saved beside and committed by a rename.
+"""Sharded checkpoints (DCP): what a run keeps in them, and getting it back on any layout.
 
-A folder `step-NNNNNN` is complete: all ranks have written into a folder of another name before rank
-0 renames it. Nothing that exists is written to again.
+Writing: `parallel.checkpoint_saver`; whether files are whole: `parallel.checkpoint_manifest`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
 from parallel.checkpoint_files import CheckpointReader, load_tensors
 from parallel.checkpoint_metadata import CheckpointError
-from parallel.mesh import from_first_rank
 
-__all__ = [
-    "CheckpointError",
-    "Progress",
-    "list_checkpoints",
-    "load_checkpoint",
-    "load_weights",
-    "read_progress",
-    "save_checkpoint",
-]
-
-_STEP_FOLDER = re.compile(r"step-(\d{6,})$")
-_PROGRESS_FILE = "progress.json"
+PROGRESS_FILE = "progress.json"
+_STEP_FOLDER = re.compile(r"step-\d{6,}")
 _UNFIT = "cannot be loaded into this model"
 
 
@@ -50,63 +34,27 @@ class Progress:
         global_batch_size: `G`.
         scheduler_steps: steps of the learning-rate schedule.
         layout: ranks of each mesh axis at the time of saving.
+        counters: what else a run counts, by name.
     """
 
     step: int
     global_batch_size: int
     scheduler_steps: int
     layout: dict[str, int]
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first; other names are not looked at."""
+    """Folders `step-NNNNNN` in `folder`, oldest first; no other name is looked at."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _STEP_FOLDER.match(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
 
 
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizers: OptimizersContainer,
-    schedulers: LRSchedulersContainer,
-    *,
-    step: int,
-    global_batch_size: int,
-    layout: dict[str, int],
-    keep: int | None,
-) -> Path:
-    """Save all that a run needs to go on; all ranks call it together.
-
-    Args:
-        folder: the run's `checkpoints` folder, on a file system that all ranks see.
-        keep: older checkpoints beyond the newest `keep` are removed once this one is committed;
-            None keeps all.
-
-    Returns:
-        The committed folder `step-NNNNNN`.
-    """
-    target = folder / f"step-{step:06d}"
-    if target.exists():
-        raise CheckpointError(f"{target} exists; a checkpoint is never written over")
-    token = from_first_rank(uuid.uuid4().hex[:8])
-    partial = folder / f".saving-step-{step:06d}-{token}"
-    progress = Progress(
-        step=step,
-        global_batch_size=global_batch_size,
-        scheduler_steps=int(schedulers.state_dict()["last_epoch"]),
-        layout=layout,
-    )
-    tensors = _model_tensors(model) | _optimizer_tensors(optimizers) | _random_states()
-    dcp.save(tensors, checkpoint_id=str(partial))
-    if dist.get_rank() == 0:
-        (partial / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
-        _sync_files(partial)
-        os.rename(partial, target)
-        _prune(folder, keep)
-    dist.barrier()
-    return target
+def checkpoint_step(path: Path) -> int:
+    """Steps done at a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(
@@ -130,7 +78,9 @@ def load_checkpoint(
     random_states = _random_states() if same_layout_ranks else {}
     # What is loaded is written into these very tensors: the parameters and Adam's moments.
     tensors = model_tensors | optimizer_tensors | random_states
-    load_tensors(tensors, CheckpointReader(path), f"{path}: {_UNFIT}")
+    reader = CheckpointReader(path)
+    _refuse_others(path, reader, tensors, "model.", "optimizer.")
+    load_tensors(tensors, reader, f"{path}: {_UNFIT}")
     hyperparameters = {
         key: value
         for key, value in optimizers.state_dict().items()
@@ -160,23 +110,35 @@ def load_weights(path: Path, model: nn.Module) -> Progress:
     progress = read_progress(path)
     tensors = _model_tensors(model)
     reader = CheckpointReader(path)
-    saved = reader.read_metadata().state_dict_metadata
-    unknown = {name for name in saved if name.startswith("model.")} - set(tensors)
-    if unknown:
-        raise CheckpointError(f"{path}: the model has no {', '.join(sorted(unknown))}")
+    _refuse_others(path, reader, tensors, "model.")
     load_tensors(tensors, reader, f"{path}: {_UNFIT}", alone=True)
     return progress
 
 
+def _refuse_others(
+    path: Path, reader: CheckpointReader, tensors: dict[str, Tensor], *prefixes: str
+) -> None:
+    """Raise a CheckpointError where tensors were saved that would be passed over; DCP doesn't."""
+    saved = reader.read_metadata().state_dict_metadata
+    unknown = {name for name in saved if name.startswith(prefixes)} - set(tensors)
+    if unknown:
+        raise CheckpointError(f"{path}: the model has no {', '.join(sorted(unknown))}")
+
+
 def read_progress(path: Path) -> Progress:
     """The `Progress` saved in the checkpoint folder `path`; raises CheckpointError."""
-    file = path / _PROGRESS_FILE
+    file = path / PROGRESS_FILE
     try:
         return Progress(**json.loads(file.read_text()))
     except (OSError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{file}: cannot be read as a checkpoint's progress: {error}"
         ) from None
+
+
+def run_tensors(model: nn.Module, optimizers: OptimizersContainer) -> dict[str, Tensor]:
+    """All tensors that a run needs to go on, by the name under which they are saved."""
+    return _model_tensors(model) | _optimizer_tensors(optimizers) | _random_states()
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -217,23 +179,3 @@ def _ranks(layout: dict[str, int]) -> int:
     for size in layout.values():
         ranks *= size
     return ranks
-
-
-def _sync_files(folder: Path) -> None:
-    """Have the files on disk before the name says that they are."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _prune(folder: Path, keep: int | None) -> None:
-    if keep is None:
-        return
-    for path in list_checkpoints(folder)[:-keep]:
-        # Renamed first, so that no half-deleted folder ever has a checkpoint's name.
-        doomed = path.with_name(f".removing-{path.name}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)

@@ -24,6 +24,13 @@ def sum_over_data_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tens
     return total
 
 
+def highest_over_ranks(values: list[int]) -> list[int]:
+    """Each number's largest value over all ranks: how ranks agree on what one of them has seen."""
+    highest = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return highest.tolist()
+
+
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their common norm is at most `max_norm`.

@@ -19,10 +19,11 @@ from launch.config import DEFAULT_CONFIG, dump_yaml, load_config
 from launch.export import main as export
 from launch.optim import build_optimizers, build_schedule
 from launch.setup import make_model
-from parallel.checkpoint import list_checkpoints, save_checkpoint
+from parallel.checkpoint import list_checkpoints
 from parallel.checkpoint_files import SavedTensors
 from parallel.mesh import Layout, build_mesh, close_process_group, init_process_group, leave_job
 from tests.distributed import loading_worker
+from tests.distributed.saving import save_checkpoint
 from ttt_dist.moshi.release import open_release
 
 LM_CONFIG = loading_worker.LM_CONFIG | {"dim": 1024, "num_layers": 16}
@@ -56,7 +57,7 @@ def make(folder: Path) -> None:
     schedule = build_schedule(optimizers, config.optim, config.max_steps)
     run.mkdir()
     (run / "config.yaml").write_text(dump_yaml(config))
-    kept = {"step": 1, "global_batch_size": 8, "layout": mesh.shape, "keep": None}
+    kept = {"step": 1, "global_batch_size": 8, "layout": mesh.shape}
     save_checkpoint(run / "checkpoints", model, optimizers, schedule, **kept)
     close_process_group()
 

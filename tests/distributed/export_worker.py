@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from launch.config import DEFAULT_CONFIG, TrainConfig, dump_yaml, load_config
 from launch.optim import build_optimizers, build_schedule
 from launch.setup import make_model
-from parallel.checkpoint import save_checkpoint
 from parallel.mesh import (
     Layout,
     Mesh,
@@ -31,6 +30,7 @@ from parallel.mesh import (
     init_process_group,
     leave_job,
 )
+from tests.distributed.saving import save_checkpoint
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.release import open_release
 from ttt_dist.moshi.weights import fill_own, seeded_generator
@@ -75,7 +75,6 @@ def save(config: TrainConfig, mesh: Mesh) -> None:
         step=STEP,
         global_batch_size=8,
         layout=mesh.shape,
-        keep=None,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from launch.optim import build_optimizers, build_schedule
 from launch.step import accumulate_gradients
-from parallel.checkpoint import load_checkpoint, save_checkpoint
+from parallel.checkpoint import load_checkpoint
 from parallel.mesh import (
     Mesh,
     build_mesh,
@@ -35,6 +35,7 @@ from tests.distributed import tiny
 from tests.distributed.cases import CASES, LAYOUTS, LORA_RANK, RESHARDS, SAMPLES, TP_LAYOUTS
 from tests.distributed.faults import FAULTS, LORA_FAULTS
 from tests.distributed.measure import whole
+from tests.distributed.saving import save_checkpoint
 from tests.distributed.tp_cases import layer_traffic, placement_words
 from tests.distributed.training import (
     OPTIM,
@@ -70,7 +71,6 @@ def reshard_checkpoint(
                 step=1,
                 global_batch_size=SAMPLES,
                 layout=mesh.shape,
-                keep=None,
             )
         else:
             progress = load_checkpoint(path, model, optimizers, schedule)

@@ -10,6 +10,9 @@ import torch
 
 from ttt_dist.data.dataset import GlobalOrder, PieceDataset
 
+# Samples of every microbatch, and their codes.
+Step = tuple[list[list[int]], list[torch.Tensor]]
+
 
 class StepBatches:
     """The microbatches of each step, for one data-parallel rank; endless.
@@ -21,6 +24,9 @@ class StepBatches:
     Iterating yields lists of G / (dp_size · batch_size) tensors, int64 `[batch_size, R, T]` on the
     CPU. Use it as a context manager, or call `close()`: it owns a thread. What goes wrong in that
     thread is raised at the step that it belongs to.
+
+    Attributes:
+        samples: of each microbatch of the step last yielded, as the dataset numbers them.
 
     Args:
         dataset, order: the samples and their order; the order covers the dataset.
@@ -65,7 +71,8 @@ class StepBatches:
         self._offsets = range(dp_rank * batch_size, global_batch_size, together)
         self._next_step = start_step
         self._prefetch = prefetch
-        self._ahead: deque[Future[list[torch.Tensor]]] = deque()
+        self.samples: list[list[int]] = []
+        self._ahead: deque[Future[Step]] = deque()
         # One worker, so steps are read in order and the order's caches have one user at a time.
         self._worker: ThreadPoolExecutor | None = None
         self._closed = False
@@ -81,10 +88,11 @@ class StepBatches:
             raise ValueError("these batches are closed; build new ones with start_step")
         if self._worker is None:
             self._next_step += 1
-            return self._read(self._next_step - 1)
-        step = self._ahead.popleft().result()
+            self.samples, codes = self._read(self._next_step - 1)
+            return codes
+        self.samples, codes = self._ahead.popleft().result()
         self._fill()
-        return step
+        return codes
 
     def close(self) -> None:
         """End the thread after the step that it is reading; may be called more than once."""
@@ -99,17 +107,14 @@ class StepBatches:
             self._ahead.append(self._worker.submit(self._read, self._next_step))
             self._next_step += 1
 
-    def _read(self, step: int) -> list[torch.Tensor]:
+    def _read(self, step: int) -> Step:
         first = step * self._global_batch_size
-        return [
-            torch.stack(
-                [
-                    self._dataset[self._order[position]]
-                    for position in range(first + offset, first + offset + self._batch_size)
-                ]
-            )
+        samples = [
+            [self._order[first + offset + place] for place in range(self._batch_size)]
             for offset in self._offsets
         ]
+        codes = [torch.stack([self._dataset[index] for index in each]) for each in samples]
+        return samples, codes
 
     def __enter__(self) -> StepBatches:
         return self

@@ -33,7 +33,7 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
         self.weights = [source.weight for source in sources]
         self.source_sizes: list[int] = []
         self.rows, self.frames = cache.spec.rows, cache.spec.frames
-        recordings = all_recordings(sources)
+        self._recordings = recordings = all_recordings(sources)
         self._codes = [cache.find(key) for key in cache.keys(recordings)]
         missing = [
             recording
@@ -63,13 +63,22 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Codes of piece `index`, int64 `[R, T]`; raises DataError where its file is damaged."""
+        place, piece = self._locate(index)
+        codes = self._codes[place]
+        assert codes is not None
+        return codes.read(piece).long()
+
+    def describe(self, index: int) -> str:
+        """Where piece `index` comes from: the recording's file, and which of its pieces it is."""
+        place, piece = self._locate(index)
+        return f"{self._recordings[place].path}, piece {piece}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The recording that piece `index` is of, and its number in there."""
         if not 0 <= index < len(self):
             raise IndexError(f"piece {index} of {len(self)}")
         place = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[place - 1]) if place > 0 else 0
-        codes = self._codes[place]
-        assert codes is not None
-        return codes.read(index - first).long()
+        return place, index - (int(self._ends[place - 1]) if place > 0 else 0)
 
 
 class GlobalOrder:

@@ -1,0 +1,212 @@
+"""Saving while training goes on: copied at once, written and hashed by a thread, committed by a
+rename.
+
+A folder `step-NNNNNN` is complete: every rank has written and hashed its files in a folder of
+another name, and rank 0 has written the manifest of all, before it renames that folder. Nothing
+that exists is written to again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
+
+from parallel.checkpoint import (
+    PROGRESS_FILE,
+    Progress,
+    checkpoint_step,
+    list_checkpoints,
+    run_tensors,
+)
+from parallel.checkpoint_manifest import (
+    FileRecord,
+    hash_file,
+    write_manifest,
+)
+from parallel.checkpoint_metadata import CheckpointError
+from parallel.mesh import from_first_rank
+
+_PATIENCE_SEC = 60.0  # for a save under way when the run fails: its other ranks may be gone
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `newest` (None: all), and those after each `every`-th step."""
+
+    newest: int | None = None
+    every: int | None = None
+
+
+class CheckpointSaver:
+    """Saves one checkpoint after another, one at a time.
+
+    All ranks call each method together. Use it as a context manager: leaving it waits for the save
+    under way.
+
+    Args:
+        folder: the run's `checkpoints`, on a file system that all ranks see.
+        keep: older checkpoints beyond these are removed once a new one is committed.
+        on_commit: told, on rank 0 and from its thread, of each new checkpoint.
+    """
+
+    def __init__(
+        self, folder: Path, keep: Keep, on_commit: Callable[[Path], None] | None = None
+    ) -> None:
+        self._folder, self._keep, self._on_commit = folder, keep, on_commit
+        # Of its own: its collectives run beside those of training.
+        self._group = dist.new_group(backend="gloo")
+        cuda = torch.cuda.is_available()
+        options = StagingOptions(
+            use_pinned_memory=cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=cuda,
+        )
+        self._stager = DefaultStager(options)  # keeps its buffers from save to save
+        self._saving: Future[Path] | None = None
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._saving is not None:
+            # The run fails already; what can still be saved is.
+            wait([self._saving], timeout=_PATIENCE_SEC)
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizers: OptimizersContainer,
+        schedulers: LRSchedulersContainer,
+        progress: Progress,
+    ) -> None:
+        """Copy all that a run needs to go on, and begin to write it; see `finish`.
+
+        Raises:
+            CheckpointError: the save before this one failed, or this step's folder exists.
+        """
+        self.finish()
+        target = self._folder / f"step-{progress.step:06d}"
+        if target.exists():
+            raise CheckpointError(f"{target} exists; a checkpoint is never written over")
+        partial = self._folder / from_first_rank(f".saving-{target.name}-{uuid.uuid4().hex[:8]}")
+        tensors = self._stager.stage(run_tensors(model, optimizers))
+        assert isinstance(tensors, dict)
+        self._saving = _in_background(lambda: self._write(tensors, progress, partial, target))
+
+    def has_failed(self) -> bool:
+        """Whether the last save has ended without a checkpoint; never waits."""
+        saving = self._saving
+        return saving is not None and saving.done() and saving.exception() is not None
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way; the newest checkpoint committed here.
+
+        Raises:
+            CheckpointError: on all ranks, where any rank could not write its part.
+        """
+        return None if self._saving is None else self._saving.result()
+
+    def _write(
+        self, tensors: dict[str, Tensor], progress: Progress, partial: Path, target: Path
+    ) -> Path:
+        """Every rank's thread: write, hash, commit; or fail, on all ranks alike."""
+        try:
+            dcp.save(tensors, checkpoint_id=str(partial), process_group=self._group)
+        except dcp.CheckpointException as error:
+            # DCP has told all ranks of it.
+            causes = (f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+            raise CheckpointError(f"{target} could not be saved: {'; '.join(causes)}") from error
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        files: dict[str, FileRecord] = {}
+        failure = ""
+        try:
+            if rank == 0:
+                (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+            # By each rank those that it wrote: other nodes may not see them yet.
+            files = {path.name: hash_file(path) for path in partial.iterdir() if _is_of(path, rank)}
+        except OSError as error:
+            failure = f"rank {rank}: {error}"
+        gathered: list[tuple[dict[str, FileRecord], str]] = [({}, "")] * world_size
+        dist.all_gather_object(gathered, (files, failure), group=self._group)
+        failures = [failure for _, failure in gathered if failure]
+        if rank == 0 and not failures:
+            every_file = {name: record for part, _ in gathered for name, record in part.items()}
+            try:
+                self._commit(partial, target, every_file)
+            except OSError as error:
+                failures = [f"rank 0: {error}"]
+        dist.broadcast_object_list(told := [failures], src=0, group=self._group)
+        if told[0]:
+            raise CheckpointError(f"{target} could not be saved: {'; '.join(told[0])}")
+        return target
+
+    def _commit(self, partial: Path, target: Path, files: dict[str, FileRecord]) -> None:
+        write_manifest(partial, files)
+        _sync(*partial.iterdir(), partial)
+        os.rename(partial, target)
+        _sync(self._folder)
+        _prune(self._folder, self._keep)
+        if self._on_commit is not None:
+            self._on_commit(target)
+
+
+def _is_of(path: Path, rank: int) -> bool:
+    """Whether `rank` wrote this file; DCP names files of tensors `__RANK_NUMBER.distcp`."""
+    if path.suffix != ".distcp":
+        return rank == 0
+    return path.name.startswith(f"__{rank}_")
+
+
+def _in_background(work: Callable[[], Path]) -> Future[Path]:
+    """Run `work` in a thread that doesn't hold up the end of a process that fails."""
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _sync(*paths: Path) -> None:
+    """Have files, or a folder's names, on disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _prune(folder: Path, keep: Keep) -> None:
+    """Remove checkpoints that need not stay; the newest, just written and hashed, always does."""
+    if keep.newest is None:
+        return
+    for path in list_checkpoints(folder)[: -keep.newest]:
+        if keep.every is not None and checkpoint_step(path) % keep.every == 0:
+            continue
+        # Renamed first, so that no half-deleted folder ever has a checkpoint's name.
+        doomed = path.with_name(f".removing-{path.name}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,30 @@
+"""One checkpoint, saved and waited for, as training saves it."""
+
+from pathlib import Path
+
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
+
+from parallel.checkpoint import Progress
+from parallel.checkpoint_saver import CheckpointSaver, Keep
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizers: OptimizersContainer,
+    schedule: LRSchedulersContainer,
+    *,
+    step: int,
+    global_batch_size: int,
+    layout: dict[str, int],
+) -> Path:
+    """The committed folder."""
+    scheduler_steps = int(schedule.state_dict()["last_epoch"])
+    with CheckpointSaver(folder, Keep()) as saver:
+        progress = Progress(step, global_batch_size, scheduler_steps, layout)
+        saver.save(model, optimizers, schedule, progress)
+        path = saver.finish()
+    assert path is not None
+    return path
