@@ -1,25 +1,32 @@
 """Talk to a trained model: a user's audio in, Moshi's audio and text out.
 
     python launch/generate.py CHECKPOINT --audio in.wav --out out.wav [--text out.txt]
+                              [--save-state FILE] [--load-state FILE]
 
-CHECKPOINT is a run folder of `launch/train.py` (its newest checkpoint, or `--step N`) or one of its
-`checkpoints/step-NNNNNN`, saved on any number of ranks. Everything else comes from the run's own
-`config.yaml`: release, Mimi and tokenizer, attention windows, TTT. The audio is heard frame by
-frame (80 ms), as in a live conversation, so memory doesn't depend on its length.
+CHECKPOINT is a run folder of `launch/train.py` (its newest checkpoint, or `--step N`), one of its
+`checkpoints/step-NNNNNN`, saved on any number of ranks, or a release folder: what
+`launch/export.py` writes, or a release without TTT, which then talks as stock Moshi. Everything
+else comes from the folder's own configuration: release, Mimi and tokenizer, attention windows, TTT.
+The audio is heard frame by frame (80 ms), as in a live conversation, so memory doesn't depend on
+its length.
+
+--save-state keeps the conversation in a new file at its end; --load-state goes on from such a file.
+What is then said is what one uninterrupted conversation would have said, sampling included, given
+the same options and a first part of whole frames: a part of a frame at the end of --audio is filled
+up with silence, which the conversation has then heard. The file is refused for other weights,
+settings, device or dtype.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     # Python puts this file's folder first on the path; the packages stand one above.
@@ -27,33 +34,23 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from moshi.models.lm import LMGen
-from moshi.models.loaders import CheckpointInfo
 from tqdm import tqdm
 
-from launch.config import TrainConfig, load_config
-from launch.errors import UserError, exit_with
-from launch.generate_audio import MoshiAudio, MoshiText, UserAudio
-from launch.run_folder import RunFolder
-from launch.setup import attention_windows, lay_out_model, model_dtypes, ttt_placement
-from launch.unbuilt import refuse_unbuilt
-from parallel.checkpoint import CheckpointError, list_checkpoints, load_weights
-from parallel.device import device_type, local_device
-from ttt_dist.data.audio import SAMPLE_RATE
-from ttt_dist.data.cache import CodesSpec
-from ttt_dist.data.encode import Codec, load_codec
-from ttt_dist.data.interleave import FRAME_RATE
-from ttt_dist.data.manifest import DataError
-from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import lm_settings, transformer_layers
-from ttt_dist.moshi.context import (
-    check_attention_contexts,
-    describe_attention_contexts,
-    read_attention_contexts,
+from launch.conversation import Conversation
+from launch.conversation_file import Identity, SavedConversation, check_new, save_conversation
+from launch.errors import UserError
+from launch.generate_audio import MoshiAudio, UserAudio
+from launch.inference import (
+    add_model_arguments,
+    chosen_device,
+    find_checkpoint,
+    load_talker,
+    open_source,
+    sampling_of,
+    telling_mistakes,
 )
-from ttt_dist.moshi.errors import ReleaseError
-from ttt_dist.moshi.lm_config import lm_config_problems
-from ttt_dist.moshi.release import open_release
+from ttt_dist.data.audio import FRAME_SAMPLES, SAMPLE_RATE
+from ttt_dist.data.interleave import FRAME_RATE
 
 
 @dataclass(frozen=True)
@@ -73,124 +70,8 @@ class Speed:
         )
 
 
-def find_checkpoint(folder: Path, step: int | None) -> tuple[Path, Path]:
-    """The run folder and the checkpoint that a person names.
-
-    Raises:
-        UserError: `folder` is neither a run nor one of its checkpoints, or has no such step.
-    """
-    if not folder.is_dir():
-        raise UserError(f"CHECKPOINT: {folder} is no folder; allowed: a run folder of train.py")
-    run, chosen = folder, None
-    if not (run / "config.yaml").is_file() and folder in list_checkpoints(folder.parent):
-        run, chosen = folder.parents[1], folder
-    if not (run / "config.yaml").is_file():
-        raise UserError(
-            f"CHECKPOINT: {run} holds no config.yaml; allowed: a run folder of train.py, or its "
-            "checkpoints/step-NNNNNN"
-        )
-    if chosen is not None:
-        if step is not None:
-            raise UserError(f"--step: found {step}, but CHECKPOINT names {chosen.name} already")
-        return run, chosen
-    checkpoints = list_checkpoints(RunFolder(run).checkpoints)
-    if not checkpoints:
-        raise UserError(f"CHECKPOINT: {RunFolder(run).checkpoints} holds no step-NNNNNN")
-    if step is None:
-        return run, checkpoints[-1]
-    named = {int(path.name.removeprefix("step-")): path for path in checkpoints}
-    if step not in named:
-        raise UserError(f"--step: found {step}, allowed: {', '.join(map(str, sorted(named)))}")
-    return run, named[step]
-
-
-def load_model(
-    config: TrainConfig, release: CheckpointInfo, checkpoint: Path, device: torch.device
-) -> TTTMoshi:
-    """The run's model in eval mode, whole on `device`, in the dtypes that training computes in.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or isn't this model's.
-    """
-    _, compute = model_dtypes(config, device)
-    model = lay_out_model(config, release.lm_config, None, compute)
-    for name, parameter in model.named_parameters():
-        # As FSDP2 gathers them: TTT layers in their master dtype, all else for computing.
-        if ".ttt.layer." not in name:
-            parameter.data = parameter.data.to(compute)
-    model.to_empty(device=device)
-    load_weights(checkpoint, model)
-    return model.eval().requires_grad_(False)
-
-
-def describe_model(config: TrainConfig, release: CheckpointInfo, model: TTTMoshi) -> list[str]:
-    """Windows and TTT settings as the modules have them, in training's words, a line each.
-
-    Raises:
-        RuntimeError: they aren't those of the configuration.
-    """
-    contexts = read_attention_contexts(model)
-    placement = ttt_placement(config, release.lm_config)
-    layers = () if placement is None else placement.layers
-    check_attention_contexts(contexts, ttt_layers=layers, **attention_windows(config))
-    lines = [f"attention context: {describe_attention_contexts(contexts)}"]
-    for index, layer in enumerate(transformer_layers(model)):
-        if layer.ttt is None:
-            continue
-        inner = layer.ttt.layer
-        found = inner.config
-        if placement is None or found != placement.layer:
-            raise RuntimeError(f"layer {index}: TTT is {found}, configured {placement}")
-        shapes = ", ".join(
-            f"{name} {list(value.shape)}"
-            for name, value in inner.named_parameters()
-            if name[0] in "Wb" and name[1:].isdigit()
-        )
-        gate = layer.ttt.alpha.float().tanh().abs().mean().item()
-        lines.append(
-            f"layer {index}: TTT-{found.inner_model}, {shapes}; mini-batches of "
-            f"{found.mini_batch_size}, base_lr {found.base_lr:g}, inner_eps {found.inner_eps:g}; "
-            f"mean gate {gate:.4f}"
-        )
-    return lines
-
-
-@torch.no_grad()
-def converse(
-    model: TTTMoshi, codec: Codec, audio: UserAudio, sampling: dict[str, Any]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Moshi's text token and audio `[FRAME_SAMPLES]` for each frame of the user's, as they come."""
-    mimi = codec.mimi
-    device = next(model.parameters()).device
-    generator = LMGen(model, **sampling)
-    with mimi.streaming(1), generator.streaming(1):
-        first = True
-        for samples in audio.read_frames():
-            heard = mimi.encode(torch.from_numpy(samples).to(device)[None, None])  # [1, K, 1]
-            if first:
-                # LMGen's first step reads initial tokens whatever it is given: as in training, the
-                # first frame is read in the second.
-                generator.step(heard)
-                first = False
-            tokens = generator.step(heard)  # [1, 1 + dep_q, 1]
-            if tokens is None:  # delayed codebooks of Moshi's first frame are still to come
-                continue
-            said = mimi.decode(tokens[:, 1:])
-            yield int(tokens[0, 0, 0]), said[0, 0].float().cpu().numpy()
-
-
-def talk(
-    model: TTTMoshi,
-    codec: Codec,
-    audio: UserAudio,
-    sampling: dict[str, Any],
-    *,
-    out: Path,
-    text: Path | None,
-) -> Speed:
-    """Stream `audio` through the model, writing what Moshi says as it comes."""
-    silent = frozenset({model.text_padding_token_id, model.end_of_text_padding_id})
-    words = MoshiText(codec.tokenizer, silent)
+def talk(conversation: Conversation, audio: UserAudio, *, out: Path, text: Path | None) -> Speed:
+    """Stream `audio` through the conversation, writing what Moshi says as it comes."""
     times = array("d")
     with ExitStack() as stack:
         wav = stack.enter_context(MoshiAudio(out))
@@ -201,10 +82,14 @@ def talk(
             tqdm(total=audio.frames, desc="talking", unit="frame", mininterval=1.0)
         )
         begin = last = time.perf_counter()
-        for token, samples in converse(model, codec, audio, sampling):
+        for frame in audio.read_frames():
+            answer = conversation.hear(frame)
+            if answer is None:
+                continue
+            words, samples = answer
             wav.write(samples)
             if transcript is not None:
-                transcript.write(words.text_of(token))
+                transcript.write(words)
             now = time.perf_counter()
             times.append(now - last)
             last = now
@@ -218,59 +103,73 @@ def talk(
 
 def generate(arguments: argparse.Namespace) -> None:
     """The whole command, once its arguments are read."""
-    problems = []
-    for option, path in (("--out", arguments.out), ("--text", arguments.text)):
-        if path is not None and not path.absolute().parent.is_dir():
-            problems.append(f"{option}: {path.absolute().parent} is no folder; create it first")
-        elif path is not None and path.is_dir():
-            problems.append(f"{option}: {path} is a folder; name a file")
-    paths = [p.absolute() for p in (arguments.audio, arguments.out, arguments.text) if p]
-    if len(set(paths)) < len(paths):
-        problems.append("--audio, --out and --text: name different files")
-    audio = None
+    problems = _path_problems(arguments)
+    audio = saved = None
     try:
-        run, checkpoint = find_checkpoint(arguments.checkpoint.absolute(), arguments.step)
+        folder, checkpoint = find_checkpoint(arguments.checkpoint.absolute(), arguments.step)
     except UserError as error:
         problems += error.problems
     try:
         audio = UserAudio(arguments.audio)
     except UserError as error:
         problems += error.problems
+    try:
+        saved = SavedConversation(arguments.load_state) if arguments.load_state else None
+    except UserError as error:
+        problems += error.problems
     if problems or audio is None:
-        raise UserError(problems, title=TITLE)
+        raise UserError(problems)
 
-    config = load_config(run / "config.yaml")
-    release = open_release(**config.moshi_paths.model_dump())
-    problems = refuse_unbuilt(config) + lm_config_problems(lm_settings(release.lm_config))
-    if problems:
-        raise UserError(problems, title=TITLE)
-    device = torch.device("cpu") if arguments.device == "cpu" else local_device()
-    codec = load_codec(release, CodesSpec.from_release(release, duration_sec=1.0), device)
-    model = load_model(config, release, checkpoint, device)
-    compute = str(model_dtypes(config, device)[1]).removeprefix("torch.")
-    print(f"checkpoint: {checkpoint}\nrelease: {release.moshi_weights.parent}")
-    for line in describe_model(config, release, model):
+    source = open_source(folder, checkpoint, chosen_device(arguments.device))
+    talker = load_talker(source)
+    for line in talker.lines:
         print(line)
-    print(f"compute in {compute} on {device}\n{audio.describe()}", flush=True)
-    sampling = {**release.lm_gen_config}
-    for name in ("temp", "temp_text"):
-        if (value := getattr(arguments, name)) is not None:
-            sampling[name] = value
-    torch.manual_seed(arguments.seed)  # here, so that it doesn't matter what loading has drawn
-    speed = talk(model, codec, audio, sampling, out=arguments.out, text=arguments.text)
+    print(audio.describe(), flush=True)
+    # Here, so that it doesn't matter what loading has drawn.
+    torch.manual_seed(0 if arguments.seed is None else arguments.seed)
+    identity, heard = None, 0
+    if arguments.load_state is not None or arguments.save_state is not None:
+        identity = Identity(talker.weights_fingerprint(), talker.settings)
+    conversation = Conversation(talker.model, talker.codec, sampling_of(arguments, talker.release))
+    with conversation:
+        if saved is not None and identity is not None:
+            conversation.take_up(saved.read(identity, conversation.state()))
+            heard = saved.frames
+            if arguments.seed is not None:
+                torch.manual_seed(arguments.seed)
+            print(f"goes on: {arguments.load_state}, after {_length(heard)}", flush=True)
+        speed = talk(conversation, audio, out=arguments.out, text=arguments.text)
+        heard += audio.frames
+        if arguments.save_state is not None and identity is not None:
+            save_conversation(arguments.save_state, conversation.state(), identity, heard)
     print(f"{speed}\nMoshi's audio: {arguments.out} ({SAMPLE_RATE} Hz, mono)")
     if arguments.text is not None:
         print(f"Moshi's text: {arguments.text}")
+    if arguments.save_state is not None:
+        rest = -audio.samples % FRAME_SAMPLES
+        silence = f", the last {1000 * rest / SAMPLE_RATE:.0f} ms silence" if rest else ""
+        print(f"conversation: {arguments.save_state}, {_length(heard)} heard{silence}")
 
 
-TITLE = "Can't generate"
+def _path_problems(arguments: argparse.Namespace) -> list[str]:
+    problems = []
+    for option, path in (("--out", arguments.out), ("--text", arguments.text)):
+        if path is not None and not path.absolute().parent.is_dir():
+            problems.append(f"{option}: {path.absolute().parent} is no folder; create it first")
+        elif path is not None and path.is_dir():
+            problems.append(f"{option}: {path} is a folder; name a file")
+    if arguments.save_state is not None:
+        problems += check_new(arguments.save_state)
+    options = ("--audio", "--out", "--text", "--save-state", "--load-state")
+    given = [getattr(arguments, name[2:].replace("-", "_")) for name in options]
+    paths = [path.absolute() for path in given if path is not None]
+    if len(set(paths)) < len(paths):
+        problems.append(f"{', '.join(options)}: name different files")
+    return problems
 
 
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text}, allowed: 0 (the likeliest token) or more")
-    return value
+def _length(frames: int) -> str:
+    return f"{frames} frames ({frames / FRAME_RATE:.1f} s)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -280,33 +179,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    add_model_arguments(parser)
     parser.add_argument("--audio", type=Path, required=True, help="the user: mono, or stereo right")
     parser.add_argument("--out", type=Path, required=True, help="Moshi's audio, a wav file")
     parser.add_argument("--text", type=Path, help="Moshi's text")
-    parser.add_argument("--step", type=int, help="the checkpoint after this step, not the newest")
-    parser.add_argument("--temp", type=_temperature, help="of audio tokens; 0: the likeliest")
-    parser.add_argument("--temp-text", type=_temperature, help="of text tokens; 0: the likeliest")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default: a GPU")
+    parser.add_argument("--save-state", type=Path, metavar="FILE", help="a new file")
+    parser.add_argument("--load-state", type=Path, metavar="FILE", help="what --save-state wrote")
+    parser.add_argument(
+        "--seed", type=int, help="of sampling (default 0, or the saved conversation's own numbers)"
+    )
     return parser
 
 
 def main(command_line: Sequence[str]) -> None:
     """Run the command; a person's mistake ends it with exit code 2 and one message."""
     arguments = _parser().parse_args(command_line)
-    if arguments.device == "cpu" and device_type() != "cpu":
-        # Libraries choose their device when they are imported, so start over without GPUs.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    try:
+    with telling_mistakes():
         generate(arguments)
-    except UserError as error:
-        exit_with(error)
-    except DataError as error:
-        exit_with(UserError(error.problems, title=TITLE))
-    except (ReleaseError, CheckpointError) as error:
-        exit_with(UserError(str(error), title=TITLE))
 
 
 if __name__ == "__main__":

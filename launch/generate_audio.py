@@ -157,6 +157,9 @@ class MoshiText:
     Args:
         tokenizer: the release's.
         silent: ids that say nothing: padding and its end.
+
+    `pending` is the start of a character whose other bytes are still to come, at most 3 bytes; it
+    can be set, to go on with a text that another has begun.
     """
 
     def __init__(
@@ -165,6 +168,14 @@ class MoshiText:
         self._tokenizer = tokenizer
         self._silent = silent
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def pending(self) -> bytes:
+        return self._bytes.getstate()[0]
+
+    @pending.setter
+    def pending(self, value: bytes) -> None:
+        self._bytes.setstate((value, 0))
 
     def text_of(self, token: int) -> str:
         """What `token` adds to the text; empty for most frames."""

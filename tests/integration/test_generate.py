@@ -9,16 +9,17 @@ import sphn
 import torch
 from moshi.run_inference import InferenceState
 
-from launch.config import load_config
-from launch.generate import find_checkpoint, load_model
+from launch.export import main as export
+from launch.generate import main as generate
+from launch.inference import find_checkpoint, load_model, load_talker, open_source
 from tests.integration.runs import side_by_side
 from tests.ranks import REPO
 from ttt_dist.data.audio import FRAME_SAMPLES, SAMPLE_RATE
-from ttt_dist.moshi.release import open_release
 
 pytestmark = pytest.mark.integration
 GENERATE = REPO / "launch" / "generate.py"
 FRAMES = 60  # over three mini-batches of 16 and windows of 20 and 24 frames
+FIRST = 27  # frames of a conversation's first part: in the middle of a mini-batch
 SEED = 7  # moshi's own temperatures: after four steps the likeliest text is silence
 
 
@@ -31,25 +32,42 @@ def write_wav(path: Path, samples: np.ndarray) -> Path:
     return path
 
 
+def talking(checkpoint: Path, folder: Path, name: str, *more: str | Path) -> list[str]:
+    """Arguments of a command that hears `name`.wav, and says `name`-out.wav and .txt."""
+    paths = [checkpoint, "--audio", folder / f"{name}.wav", "--out", folder / f"{name}-out.wav"]
+    return [str(part) for part in (*paths, "--text", folder / f"{name}-out.txt", *more)]
+
+
 @pytest.fixture(scope="module")
 def talks(tp_run, tmp_path_factory):
-    """Commands that have ended, and the folder with what they heard and said."""
+    """Commands that have ended, and the folder with what they heard and said.
+
+    "first" and "second" are "mono" in two parts; "exported" is an export of the run, in float32.
+    """
     folder = tmp_path_factory.mktemp("talks")
     tea, _ = sphn.read(str(REPO / "configs/demo/audio/tea.flac"), sample_rate=SAMPLE_RATE)
     samples = tea[:, 5 * SAMPLE_RATE :][:, : FRAMES * FRAME_SAMPLES - 500]
+    cut = FIRST * FRAME_SAMPLES
     write_wav(folder / "stereo.wav", samples)
-    write_wav(folder / "mono.wav", samples[1:])
-    jobs = side_by_side(
-        {
-            name: [
-                *(str(tp_run.folder), "--seed", str(SEED), "--audio", str(folder / f"{name}.wav")),
-                *("--out", str(folder / f"{name}-out.wav")),
-                *("--text", str(folder / f"{name}-out.txt")),
-            ]
-            for name in ("stereo", "mono")
-        },
-        script=GENERATE,
-    )
+    for name, part in (
+        ("mono", samples[1:]),
+        ("first", samples[1:, :cut]),
+        ("second", samples[1:, cut:]),
+        ("exported", samples[1:, :cut]),
+    ):
+        write_wav(folder / f"{name}.wav", part)
+    run, state, seed = tp_run.folder, folder / "state", ("--seed", str(SEED))
+    export([str(run), "--dtype", "float32", "--out", str(folder / "export")])
+    jobs = {}
+    for names in (("first", "stereo", "mono"), ("second", "exported")):
+        commands = {
+            "stereo": talking(run, folder, "stereo", *seed),
+            "mono": talking(run, folder, "mono", *seed),
+            "first": talking(run, folder, "first", *seed, "--save-state", state),
+            "second": talking(run, folder, "second", "--load-state", state),
+            "exported": talking(folder / "export", folder, "exported"),
+        }
+        jobs |= side_by_side({name: commands[name] for name in names}, script=GENERATE)
     for job in jobs.values():
         assert job.returncode == 0, job.stdout + job.stderr
     return jobs, folder
@@ -82,13 +100,70 @@ def test_the_users_channel_alone_decides(talks):
         assert len(stereo) > 1
 
 
+def test_a_conversation_in_two_parts_is_the_whole_one(talks):
+    """To the last bit, text and audio; sampled, so the random numbers go on too."""
+    jobs, folder = talks
+    parts, whole = [], []
+    for names, found in ((("first", "second"), parts), (("mono",), whole)):
+        for name in names:
+            with wave.open(str(folder / f"{name}-out.wav")) as file:
+                found.append(file.readframes(file.getnframes()))
+    assert b"".join(parts) == whole[0]
+    text = [(folder / f"{n}-out.txt").read_text().removesuffix("\n") for n in ("first", "second")]
+    assert "".join(text) + "\n" == (folder / "mono-out.txt").read_text()
+    state = folder / "state"
+    assert f"conversation: {state}, 27 frames (2.2 s) heard" in jobs["first"].stdout.splitlines()
+    assert f"goes on: {state}, after 27 frames (2.2 s)" in jobs["second"].stdout.splitlines()
+    assert not list(folder.glob(".*"))
+
+
+def test_another_models_conversation_is_refused_before_a_word(talks, tp_run, capsys):
+    """The run's, saved in float64, in its export in float32; and after another step."""
+    folder = talks[1]
+    for checkpoint, more, why in (
+        (folder / "export", [], "was saved with other settings: dtype: float64, here float32"),
+        (tp_run.folder, ["--step", "2"], "was saved with other weights (fingerprint "),
+    ):
+        arguments = talking(checkpoint, folder, "second", "--load-state", folder / "state", *more)
+        arguments[arguments.index("--out") + 1] = str(folder / "never.wav")
+        with pytest.raises(SystemExit) as stop:
+            generate(arguments)
+        assert stop.value.code == 2
+        (head, line) = capsys.readouterr().err.splitlines()
+        assert head == "Can't talk: 1 problem."
+        assert f"--load-state: {folder / 'state'} {why}" in line
+    assert not (folder / "never.wav").exists()
+
+
+def test_an_export_is_the_same_model(talks, tp_run):
+    jobs, folder = talks
+    told = [line for line in jobs["mono"].stdout.splitlines() if line.startswith("layer ")]
+    lines = jobs["exported"].stdout.splitlines()
+    assert len(told) == 2
+    for line in told:
+        assert line in lines
+    (windows,) = [line for line in tp_run.job.stdout.splitlines() if "attention context:" in line]
+    assert windows in lines
+    assert f"release: {folder / 'export'}" in lines
+    assert "compute in float32 on cpu" in lines
+    cpu = torch.device("cpu")
+    models = [
+        load_talker(open_source(*find_checkpoint(path, None), cpu)).model
+        for path in (tp_run.folder, folder / "export")
+    ]
+    trained, exported = (model.state_dict() for model in models)
+    assert trained.keys() == exported.keys()
+    assert all(torch.equal(trained[name].float(), exported[name]) for name in trained)
+    samples, _ = sphn.read(str(folder / "exported-out.wav"))
+    assert samples.shape == (1, FIRST * FRAME_SAMPLES)
+    assert samples.std() > 0
+
+
 def test_moshis_own_inference_says_the_same(talks, tp_run):
     """The run was saved by two ranks that split heads; here its model runs in moshi's script."""
-    config = load_config(tp_run.folder / "config.yaml")
-    release = open_release(**config.moshi_paths.model_dump())
     for step in (2, 4):
-        _, checkpoint = find_checkpoint(tp_run.folder, step)
-        model = load_model(config, release, checkpoint, torch.device("cpu"))
+        source = open_source(*find_checkpoint(tp_run.folder, step), torch.device("cpu"))
+        model, release = load_model(source), source.release
         saved = tp_run.checkpoint(step)
         for name, value in model.state_dict().items():
             assert torch.equal(value, saved[f"model.{name}"]), name

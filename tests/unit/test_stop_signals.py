@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from launch.stop_signals import ABORTED, StopSignals
-from launch.supervise import SAME_KEY_PRESS
+from launch.stop_signals import ABORTED, SAME_KEY_PRESS, StopSignals
 from tests.ranks import REPO, kill_job
 
 HEAD = """

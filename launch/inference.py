@@ -1,0 +1,337 @@
+"""A trained model for talking: found, loaded whole on one device, and described as it is.
+
+What a person names is a run folder of `launch/train.py`, one of its checkpoints (saved on any
+number of ranks), or a release folder: what `launch/export.py` writes, or a release without TTT.
+Every setting comes from that folder's own configuration and is read back from the modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models.loaders import CheckpointInfo
+
+from launch.config import TrainConfig, load_config
+from launch.errors import UserError, exit_with
+from launch.model_checks import NEEDED_OF_MODEL, lora_settings
+from launch.release_settings import read_ttt_section
+from launch.run_folder import RunFolder
+from launch.setup import attention_windows, model_dtypes, ttt_placement
+from launch.unbuilt import refuse_unbuilt
+from parallel.checkpoint import (
+    CheckpointError,
+    checkpoint_step,
+    list_checkpoints,
+    load_weights,
+)
+from parallel.device import device_type, local_device
+from ttt_dist.data.cache import CodesSpec
+from ttt_dist.data.encode import Codec, load_codec
+from ttt_dist.data.manifest import DataError
+from ttt_dist.moshi.block import TTTMoshi
+from ttt_dist.moshi.build import (
+    TTTPlacement,
+    build_model,
+    is_ttt_parameter,
+    lm_settings,
+    transformer_layers,
+)
+from ttt_dist.moshi.context import (
+    check_attention_contexts,
+    describe_attention_contexts,
+    read_attention_contexts,
+    set_attention_contexts,
+)
+from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.fingerprint import fingerprint
+from ttt_dist.moshi.lm_config import lm_config_problems, wrong_values
+from ttt_dist.moshi.lora import LoRASettings
+from ttt_dist.moshi.release import open_release, released_ttt
+from ttt_dist.moshi.released_lora import ReleasedAdapters, released_adapters
+from ttt_dist.moshi.weights import load_base_weights
+
+TITLE = "Can't talk"
+CHECKPOINT_HELP = "a run folder, one of its checkpoints, or a release folder (launch/export.py)"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model is built and filled from.
+
+    Attributes:
+        release: Moshi's configuration, Mimi and the tokenizer.
+        checkpoint: of a run, with all weights; None where the release's own are taken.
+        merged: adapters of the release, merged when its weights are loaded.
+        ttt: where TTT is; None for a model without.
+        windows: arguments of `set_attention_contexts`.
+        lora: the run's adapters, which stay beside the weights that they adapt.
+        compute: dtype of all parameters but TTT's, which are float32 at least.
+        device: that the model talks on.
+    """
+
+    release: CheckpointInfo
+    checkpoint: Path | None
+    merged: ReleasedAdapters | None
+    ttt: TTTPlacement | None
+    windows: Mapping[str, int | None]
+    lora: LoRASettings | None
+    compute: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Talker:
+    """A model that can talk, in eval mode on its device.
+
+    Attributes:
+        settings: all that decides what it says, but its weights and sampling, as text by key.
+        lines: what a person is told of it.
+    """
+
+    model: TTTMoshi
+    codec: Codec
+    release: CheckpointInfo
+    settings: Mapping[str, str]
+    lines: Sequence[str]
+
+    def weights_fingerprint(self) -> str:
+        """Of the language model, as it is in memory. One pass over the weights."""
+        return fingerprint(self.model.state_dict())
+
+
+def find_checkpoint(folder: Path, step: int | None) -> tuple[Path, Path | None]:
+    """The run folder and its checkpoint, or a release folder and None, that a person names.
+
+    Raises:
+        UserError: `folder` is none of these, or has no such step.
+    """
+    if not folder.is_dir():
+        raise UserError(f"CHECKPOINT: {folder} is no folder; allowed: {CHECKPOINT_HELP}")
+    run, chosen = folder, None
+    if not (run / "config.yaml").is_file() and folder in list_checkpoints(folder.parent):
+        run, chosen = folder.parents[1], folder
+    if not (run / "config.yaml").is_file():
+        if (run / "config.json").is_file():
+            if step is not None:
+                raise UserError(f"--step: found {step}, but CHECKPOINT is a release folder: {run}")
+            return run, None
+        raise UserError(
+            f"CHECKPOINT: {run} holds no config.yaml and no config.json; allowed: {CHECKPOINT_HELP}"
+        )
+    if chosen is not None:
+        if step is not None:
+            raise UserError(f"--step: found {step}, but CHECKPOINT names {chosen.name} already")
+        return run, chosen
+    checkpoints = list_checkpoints(RunFolder(run).checkpoints)
+    if not checkpoints:
+        raise UserError(f"CHECKPOINT: {RunFolder(run).checkpoints} holds no step-NNNNNN")
+    if step is None:
+        return run, checkpoints[-1]
+    named = {checkpoint_step(path): path for path in checkpoints}
+    if step not in named:
+        raise UserError(f"--step: found {step}, allowed: {', '.join(map(str, sorted(named)))}")
+    return run, named[step]
+
+
+def open_source(folder: Path, checkpoint: Path | None, device: torch.device) -> ModelSource:
+    """What `find_checkpoint` has found, its configuration read and checked; no weight is read.
+
+    Raises:
+        UserError, ReleaseError: what a person has to mend.
+    """
+    if checkpoint is None:
+        release = open_release(str(folder))
+        problems = _talking_problems(release)
+        if problems:
+            raise UserError(problems)
+        ttt, windows = read_ttt_section(released_ttt(release), lm_settings(release.lm_config))
+        lora, merged = None, released_adapters(release)
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    else:
+        config = _run_config(folder)
+        release = open_release(**config.moshi_paths.model_dump())
+        problems = refuse_unbuilt(config) + _talking_problems(release)
+        if problems:
+            raise UserError(problems)
+        ttt, windows = ttt_placement(config, release.lm_config), attention_windows(config)
+        lora, merged = lora_settings(config), None
+        compute = model_dtypes(config, device)[1]
+    return ModelSource(release, checkpoint, merged, ttt, windows, lora, compute, device)
+
+
+def load_model(source: ModelSource) -> TTTMoshi:
+    """The model in eval mode, whole on its device, in the dtypes that training computes in.
+
+    Raises:
+        CheckpointError, ReleaseError: the weights are damaged or aren't this model's.
+    """
+    master = torch.promote_types(source.compute, torch.float32)
+    model = build_model(source.release.lm_config, source.ttt, source.lora, dtype=master)
+    set_attention_contexts(model, **source.windows)
+    for name, parameter in model.named_parameters():
+        # As FSDP2 gathers them: TTT layers in their master dtype, all else for computing.
+        if ".ttt.layer." not in name:
+            parameter.data = parameter.data.to(source.compute)
+    model.to_empty(device=source.device)
+    if source.checkpoint is not None:
+        load_weights(source.checkpoint, model)
+    else:
+        loaded = load_base_weights(model, Path(source.release.moshi_weights), source.merged)
+        wanted = {name for name, _ in model.named_parameters() if is_ttt_parameter(name)}
+        if loaded != wanted:
+            raise RuntimeError(f"never loaded: {', '.join(sorted(wanted - loaded))}")
+    return model.eval().requires_grad_(False)
+
+
+def load_talker(source: ModelSource) -> Talker:
+    """The model with its ears and voice, and what it is, read back from its modules.
+
+    Raises:
+        CheckpointError, ReleaseError, DataError: files are damaged or don't fit each other.
+        RuntimeError: the modules aren't what the configuration says.
+    """
+    spec = CodesSpec.from_release(source.release, duration_sec=1.0)
+    codec = load_codec(source.release, spec, source.device)
+    model = load_model(source)
+    compute = str(source.compute).removeprefix("torch.")
+    settings = _read_settings(source, model)
+    settings |= {
+        "Mimi": spec.mimi,
+        "tokenizer": spec.tokenizer,
+        "dtype": compute,
+        "device": source.device.type,
+    }
+    lines = [
+        f"release: {source.release.moshi_weights.parent}",
+        *describe_model(source, model),
+        f"compute in {compute} on {source.device}",
+    ]
+    if source.checkpoint is not None:
+        lines.insert(0, f"checkpoint: {source.checkpoint}")
+    if source.merged is not None:
+        lines.insert(1, f"adapters: {source.merged.path}, merged")
+    return Talker(model, codec, source.release, settings, lines)
+
+
+def describe_model(source: ModelSource, model: TTTMoshi) -> list[str]:
+    """Windows and TTT settings as the modules have them, in training's words, a line each.
+
+    Raises:
+        RuntimeError: they aren't those of the configuration.
+    """
+    contexts = read_attention_contexts(model)
+    layers = () if source.ttt is None else source.ttt.layers
+    check_attention_contexts(contexts, ttt_layers=layers, **source.windows)
+    lines = [f"attention context: {describe_attention_contexts(contexts)}"]
+    for index, layer in enumerate(transformer_layers(model)):
+        if layer.ttt is None:
+            continue
+        inner = layer.ttt.layer
+        found = inner.config
+        if source.ttt is None or found != source.ttt.layer:
+            raise RuntimeError(f"layer {index}: TTT is {found}, configured {source.ttt}")
+        shapes = ", ".join(
+            f"{name} {list(value.shape)}"
+            for name, value in inner.named_parameters()
+            if name[0] in "Wb" and name[1:].isdigit()
+        )
+        gate = layer.ttt.alpha.float().tanh().abs().mean().item()
+        lines.append(
+            f"layer {index}: TTT-{found.inner_model}, {shapes}; mini-batches of "
+            f"{found.mini_batch_size}, base_lr {found.base_lr:g}, inner_eps {found.inner_eps:g}; "
+            f"mean gate {gate:.4f}"
+        )
+    if len(lines) == 1:
+        lines.append("no TTT layers: it talks as stock Moshi does")
+    return lines
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT and the options that every command for talking has."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT_HELP)
+    parser.add_argument("--step", type=int, help="a run's checkpoint after this step, not its last")
+    parser.add_argument("--temp", type=_temperature, help="of audio tokens; 0: the likeliest")
+    parser.add_argument("--temp-text", type=_temperature, help="of text tokens; 0: the likeliest")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default: a GPU")
+
+
+def sampling_of(arguments: argparse.Namespace, release: CheckpointInfo) -> dict[str, Any]:
+    """LMGen's arguments: the release's own, with the temperatures that a person gave."""
+    given = {"temp": arguments.temp, "temp_text": arguments.temp_text}
+    return {**release.lm_gen_config, **{k: v for k, v in given.items() if v is not None}}
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that `--device` names. For "cpu" beside a GPU the process starts over."""
+    if name == "cpu" and device_type() != "cpu":
+        # Libraries choose their device when they are imported, so start over without GPUs.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    return local_device()
+
+
+@contextmanager
+def telling_mistakes() -> Iterator[None]:
+    """End the process with exit code 2 and one message where a person has to mend something."""
+    try:
+        yield
+    except (UserError, DataError) as error:
+        exit_with(UserError(error.problems, title=TITLE))
+    except (ReleaseError, CheckpointError) as error:
+        exit_with(UserError(str(error), title=TITLE))
+
+
+def _run_config(folder: Path) -> TrainConfig:
+    path = folder / "config.yaml"
+    try:
+        return load_config(path)
+    except UserError as error:
+        raise UserError([f"{path}: {problem}" for problem in error.problems]) from error
+
+
+def _talking_problems(release: CheckpointInfo) -> list[str]:
+    """Why a release's model can't be built, or can't hold a conversation, a line each."""
+    settings = lm_settings(release.lm_config)
+    problems = lm_config_problems(settings)
+    if wrong_values(settings):
+        return problems
+    absent = [key for key in NEEDED_OF_MODEL if key not in settings]
+    if absent:
+        problems.append(
+            f"config.json: {', '.join(absent)}: not there, so it doesn't describe Moshi's language "
+            "model; use the release's own"
+        )
+    if settings.get("context") is None:
+        problems.append(
+            "config.json: context: found none; streaming needs a number of frames that attention "
+            "sees"
+        )
+    return problems
+
+
+def _read_settings(source: ModelSource, model: TTTMoshi) -> dict[str, str]:
+    """Settings of Moshi as configured, windows and TTT as the modules have them, key to text."""
+    found = {f"config.json {k}": str(v) for k, v in lm_settings(source.release.lm_config).items()}
+    for index, (_, context) in enumerate(read_attention_contexts(model)):
+        found[f"layer {index} attention context"] = str(context)
+    for index, layer in enumerate(transformer_layers(model)):
+        if layer.ttt is not None:
+            config = asdict(layer.ttt.layer.config)
+            del config["checkpoint_group_size"]  # of the backward pass
+            found |= {f"layer {index} TTT {key}": str(value) for key, value in config.items()}
+    return found
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}, allowed: 0 (the likeliest token) or more")
+    return value
