@@ -1,5 +1,6 @@
 # make train       the demo: set-up, base checkpoint, training on every GPU, or on 2 CPU ranks
 # make test        all tests (CI runs this); test-fast: without those that start several processes
+# make test-faults what happens when a run is killed, preempted or fed bad input (CI runs this too)
 # make setup       .venv with the pinned packages; another torch build by TORCH, e.g. a CUDA index:
 #                  make setup TORCH="torch==2.11.0 --index-url https://YOUR-INDEX/cu130"
 
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 # Named after what it installs, so that a changed pin or TORCH sets up again.
 STAMP := $(VENV)/.installed-$(shell (echo "$(TORCH)"; cat requirements.txt) | cksum | cut -d' ' -f1)
 
-.PHONY: setup train test test-fast test-slow lint format
+.PHONY: setup train test test-fast test-faults test-slow lint format
 
 setup: $(STAMP)
 
@@ -31,10 +32,13 @@ train: setup
 	./torchrun.sh launch/train.py configs/demo.yaml
 
 test: setup
-	$(PY) -m pytest tests -m "not slow and not gpu"
+	$(PY) -m pytest tests -m "not slow and not gpu and not faults"
 
 test-fast: setup
-	$(PY) -m pytest tests -m "not slow and not gpu and not distributed and not integration"
+	$(PY) -m pytest tests -m "not slow and not gpu and not faults and not distributed and not integration"
+
+test-faults: setup
+	$(PY) -m pytest tests -m "faults and not gpu"
 
 test-slow: setup
 	$(PY) -m pytest tests -m "slow"

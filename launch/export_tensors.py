@@ -15,10 +15,10 @@ from parallel.checkpoint import CheckpointError
 from parallel.checkpoint_files import SavedTensors
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import is_ttt_parameter
+from ttt_dist.moshi.errors import collapse_numbers
 from ttt_dist.moshi.lora import add_product, is_adapter_parameter, released_name
 from ttt_dist.moshi.packed import stock_state_dict
 from ttt_dist.moshi.tensor_writer import TensorSpec
-from ttt_dist.moshi.weights import collapse_numbers
 
 _PREFIX = "model."
 _ADAPTED = ".frozen_W.weight"

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from launch.supervise import SAME_KEY_PRESS
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# One key press can come twice, by the terminal or SLURM and by a launcher that passes it on.
-SAME_KEY_PRESS = 1.0  # seconds
 ABORTED = 128 + signal.SIGINT  # the exit code that shells give a process ended by SIGINT
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 

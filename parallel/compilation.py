@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTMoshi
+from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import depformer_layers, transformer_layers
 
 
@@ -23,18 +23,13 @@ def compile_layers(model: TTTMoshi) -> int:
     layers = transformer_layers(model) + depformer_layers(model)
     for layer in layers:
         compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-        deep = _is_deep(layer)
-        layer.wrap_parts(backbone=compiled, ttt=_eager if deep else compiled)
-        if layer.ttt is not None:
-            layer.ttt.layer.compiled = not deep
+        if layer.ttt is None:
+            layer.wrap_parts(backbone=compiled, ttt=compiled)
+            continue
+        compilable = layer.ttt.layer.config.scan_is_operator
+        layer.wrap_parts(backbone=compiled, ttt=compiled if compilable else _eager)
+        layer.ttt.layer.compiled = compilable
     return len(layers)
-
-
-def _is_deep(layer: HybridStreamingTransformerLayer) -> bool:
-    if layer.ttt is None:
-        return False
-    config = layer.ttt.layer.config
-    return config.inner_model == "mlp" and config.mlp_layers > 2
 
 
 def _eager(part: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch.supervise import descendants
+
 REPO = Path(__file__).resolve().parents[1]
 
 
@@ -69,35 +71,9 @@ def start_command(
 def kill_job(process: subprocess.Popen[str]) -> None:
     """SIGKILL for a job and all its descendants: torchrun puts each rank into a session of its
     own, so killing torchrun's process group would leave the ranks running."""
-    doomed = [process.pid, *_descendants(process.pid)]
+    doomed = [process.pid, *descendants(process.pid)]
     for pid in doomed:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-
-
-def _descendants(pid: int) -> list[int]:
-    """Process ids of all children, children's children, …"""
-    parents = _parents()
-    found = [pid]
-    for ancestor in found:
-        found += [child for child, parent in parents.items() if parent == ancestor]
-    return found[1:]
-
-
-def _parents() -> dict[int, int]:
-    """Process id → its parent's, of all processes."""
-    parents = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # "pid (name) state parent …", where the name may hold anything, ")" too.
-            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
-            continue
-    if not parents:  # no /proc: macOS
-        table = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-        )
-        parents = dict(tuple(map(int, line.split())) for line in table.stdout.splitlines())
-    return parents

@@ -92,3 +92,9 @@ class TTTConfig:
         """Features before, between and after the inner network's linear maps: `d, h, …, h, d`."""
         hidden = self.mlp_layers - 1 if self.inner_model == "mlp" else 0
         return (self.head_dim, *[self.hidden_dim] * hidden, self.head_dim)
+
+    @property
+    def scan_is_operator(self) -> bool:
+        """Whether the scan is one operator with a backward of its own, as inner models of one or
+        two linear maps have it. Deeper ones run by autograd, mini-batch by mini-batch."""
+        return self.inner_model == "linear" or self.mlp_layers == 2

@@ -18,9 +18,9 @@ from tests.unit.moshi_cases import split_release
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import TTTPlacement, build_model, is_ttt_parameter
-from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.errors import ReleaseError, collapse_numbers
 from ttt_dist.moshi.packed import stock_state_dict
-from ttt_dist.moshi.weights import collapse_numbers, init_ttt_weights, load_base_weights
+from ttt_dist.moshi.weights import init_ttt_weights, load_base_weights
 
 PACKED = "depformer.layers.0.self_attn.in_proj_weight"
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from launch.stop_signals import ABORTED, SAME_KEY_PRESS, StopSignals
+from launch.stop_signals import ABORTED, StopSignals
+from launch.supervise import SAME_KEY_PRESS
 from tests.ranks import REPO, kill_job
 
 HEAD = """

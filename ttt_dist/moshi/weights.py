@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ttt_dist.layer import initial_value
 from ttt_dist.moshi.build import is_ttt_parameter
-from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.errors import ReleaseError, collapse_numbers
 from ttt_dist.moshi.lora import (
     adapter_shapes,
     add_product,
@@ -132,32 +132,6 @@ def _mismatches(
         for kind, names in kinds.items()
         if names
     ]
-
-
-def collapse_numbers(names: Iterable[str]) -> list[str]:
-    """All names, sorted; those that differ in one number stand together, `layers.{0-3,7}.norm`."""
-    groups: dict[tuple[str, ...], set[int]] = {}
-    single: list[str] = []
-    for name in names:
-        pieces = re.split(r"(\d+)", name)
-        if len(pieces) == 1:
-            single.append(name)
-        else:  # the first number is that of the layer
-            groups.setdefault((pieces[0], "".join(pieces[2:])), set()).add(int(pieces[1]))
-    return sorted(single + [f"{a}{_ranges(numbers)}{b}" for (a, b), numbers in groups.items()])
-
-
-def _ranges(numbers: set[int]) -> str:
-    """`7`, or `{0-3,7}`."""
-    if len(numbers) == 1:
-        return str(*numbers)
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) + "}"
 
 
 def init_ttt_weights(model: nn.Module, seed: int, loaded: Collection[str] = ()) -> int:
