@@ -44,10 +44,16 @@ def exported(runs) -> Path:
     return export(runs / "1x1", "--dtype", "float32")
 
 
+@pytest.fixture(scope="module")
+def adapters(runs) -> Path:
+    return export(runs / "lora", "--adapters-only", "--dtype", "float32")
+
+
 @pytest.mark.parametrize("ranks", LAYOUTS)
-def test_every_layout_gives_the_same_file_and_loads_it(demo_base, runs, exported, ranks):
-    """The worker compares each rank's part of the loaded weights, bit by bit."""
-    run_worker(ranks, [str(demo_base), str(runs), str(exported), *LAYOUTS[ranks]])
+def test_every_layout_gives_the_same_file_and_loads_it(demo_base, runs, exported, adapters, ranks):
+    """The worker compares each rank's part of the loaded weights, bit by bit, adapters' too."""
+    releases = [str(exported), str(adapters)]
+    run_worker(ranks, [str(demo_base), str(runs), *releases, *LAYOUTS[ranks]])
     expected = (exported / "model.safetensors").read_bytes()
     for layout in LAYOUTS[ranks]:
         found = export(runs / layout, "--dtype", "float32")

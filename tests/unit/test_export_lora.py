@@ -142,7 +142,7 @@ def test_moshi_takes_adapters_without_ttt(trained, base, tmp_path):
 
 
 def test_a_run_on_adapters_keeps_what_their_file_replaced(base, tmp_path):
-    """Embeddings that an earlier run trained aren't in Moshi's file; they are frozen in this run."""
+    """Embeddings that an earlier run trained aren't in Moshi's file, and frozen in this run."""
     config = json.loads((base / "config.json").read_text())
     config |= {"lora": True, "lora_rank": 5, "lora_scaling": 1.5}
     (base / "config.json").write_text(json.dumps(config))
