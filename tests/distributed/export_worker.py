@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -37,6 +39,7 @@ from ttt_dist.moshi.build import is_ttt_parameter
 from ttt_dist.moshi.lora import is_adapter_parameter
 from ttt_dist.moshi.release import open_release
 from ttt_dist.moshi.released_lora import released_adapters
+from ttt_dist.moshi.tensor_files import TensorFiles
 from ttt_dist.moshi.weights import fill_own, load_base_weights, seeded_generator
 from ttt_dist.placement import shard_slices
 
@@ -90,8 +93,32 @@ def save(config: TrainConfig, mesh: Mesh) -> None:
     )
 
 
+class CountedSlice:
+    """A tensor of a file; counts the elements that are read of it."""
+
+    read = 0
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __getitem__(self, index: Any) -> Tensor:
+        values = self._source[index]
+        CountedSlice.read += values.numel()
+        return values
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
 def check_loaded(config: TrainConfig, mesh: Mesh) -> None:
-    for name, parameter in built(config, mesh).named_parameters():
+    """Every value is right, and no rank reads more than it keeps."""
+    original, CountedSlice.read = TensorFiles.slice, 0
+    with mock.patch.object(TensorFiles, "slice", lambda *args: CountedSlice(original(*args))):
+        model = built(config, mesh)
+    kept = sum(own_part(parameter).numel() for parameter in model.parameters())
+    if CountedSlice.read != kept:
+        raise AssertionError(f"rank {dist.get_rank()}: read {CountedSlice.read}, keeps {kept}")
+    for name, parameter in model.named_parameters():
         expected = trained_value(name, tuple(parameter.shape))[shard_slices(parameter)]
         if not torch.equal(own_part(parameter), expected):
             raise AssertionError(f"rank {dist.get_rank()} of {mesh.shape}: {name} differs")

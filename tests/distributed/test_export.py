@@ -51,7 +51,9 @@ def adapters(runs) -> Path:
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_every_layout_gives_the_same_file_and_loads_it(demo_base, runs, exported, adapters, ranks):
-    """The worker compares each rank's part of the loaded weights, bit by bit, adapters' too."""
+    """The worker compares each rank's part of the loaded weights, adapters' too, bit by bit, and
+    counts what the rank read.
+    """
     releases = [str(exported), str(adapters)]
     run_worker(ranks, [str(demo_base), str(runs), *releases, *LAYOUTS[ranks]])
     expected = (exported / "model.safetensors").read_bytes()

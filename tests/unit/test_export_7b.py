@@ -6,6 +6,7 @@ import pytest
 import torch
 from moshi.models.lm import LMModel
 from moshi.models.loaders import _lm_kwargs as MOSHI_7B
+from moshi.modules.lora import replace_all_linear_with_lora
 
 from launch.config import REPO_ROOT, load_config
 from launch.export_tensors import tensor_specs
@@ -44,3 +45,18 @@ def test_tensors_of_an_exported_7b(stock, tmp_path: Path, name):
     ):
         pass
     assert path.stat().st_size < HEADER_LIMIT / 10
+
+
+def test_adapters_of_an_exported_7b():
+    """Of rank 128, moshi-finetune's: names and shapes are those of moshi's own LoRA layers."""
+    overrides = ["lora.enable=true", "lora.rank=128", "full_finetuning=false"]
+    config = load_config(REPO_ROOT / "configs" / "moshi_7b_ttt.yaml", overrides)
+    model = lay_out_model(config, None, None, torch.bfloat16)
+    found = tensor_specs(model, base_only=True, dtype=torch.bfloat16, adapters_for=set())
+    with torch.device("meta"):
+        stock = LMModel(device="meta", **MOSHI_7B)
+    replace_all_linear_with_lora(stock, 128, 2.0)
+    adapters = {n: tuple(v.shape) for n, v in stock.state_dict().items() if ".lora_" in n}
+    assert {name: spec.shape for name, spec in found.items()} == adapters
+    whole = tensor_specs(model, base_only=False, dtype=torch.bfloat16, adapters_for=set())
+    assert whole.keys() - adapters.keys() == {name for name in whole if is_ttt_parameter(name)}

@@ -208,10 +208,14 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("which", ["moshi", "mimi"])
+@pytest.mark.parametrize("which", ["moshi", "mimi", "lora"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_refused_within_a_second(folder, which, damage):
-    path = folder / NAMES[f"{which}_name"]
+    names = {**NAMES, "lora_name": "lora.safetensors"}
+    if which == "lora":
+        change_config(folder, lora=True, lora_name=names["lora_name"])
+        save_file({"text_linear.lora_A.weight": torch.zeros(3)}, folder / names["lora_name"])
+    path = folder / names[f"{which}_name"]
     spoil, why = DAMAGES[damage]
     spoil(path)
     start = time.monotonic()
