@@ -52,7 +52,7 @@ from ttt_dist.moshi.context import (
 )
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.fingerprint import fingerprint
-from ttt_dist.moshi.lm_config import lm_config_problems, wrong_values
+from ttt_dist.moshi.lm_config import NOT_BUILT, lm_config_problems, wrong_values
 from ttt_dist.moshi.lora import LoRASettings
 from ttt_dist.moshi.release import open_release, released_ttt
 from ttt_dist.moshi.released_lora import ReleasedAdapters, released_adapters
@@ -319,7 +319,8 @@ def _talking_problems(release: CheckpointInfo) -> list[str]:
 
 def _read_settings(source: ModelSource, model: TTTMoshi) -> dict[str, str]:
     """Settings of Moshi as configured, windows and TTT as the modules have them, key to text."""
-    found = {f"config.json {k}": str(v) for k, v in lm_settings(source.release.lm_config).items()}
+    settings = lm_settings(source.release.lm_config)
+    found = {f"config.json {k}": str(v) for k, v in settings.items() if k not in NOT_BUILT}
     for index, (_, context) in enumerate(read_attention_contexts(model)):
         found[f"layer {index} attention context"] = str(context)
     for index, layer in enumerate(transformer_layers(model)):

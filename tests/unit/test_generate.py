@@ -245,7 +245,7 @@ def test_a_release_without_ttt_talks_as_stock_moshi(demo_base):
 
 
 def test_adapters_of_a_release_are_merged(release, tmp_path):
-    """Into float32 weights, as training does; ones of a depth of 4 on a single layer's output."""
+    """Products of ones of rank 4 on the text head, nothing elsewhere."""
     folder = tmp_path / "adapted"
     shutil.copytree(release, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -260,6 +260,7 @@ def test_adapters_of_a_release_are_merged(release, tmp_path):
     save_file(tensors, folder / "lora.safetensors")
     talker = load_talker(open_source(folder, None, cpu))
     assert f"adapters: {folder / 'lora.safetensors'}, merged" in talker.lines
+    assert talker.settings == load_talker(open_source(release, None, cpu)).settings
     before = plain.state_dict()
     for name, value in talker.model.state_dict().items():
         added = 2.0 if name == "text_linear.weight" else 0.0
