@@ -91,7 +91,6 @@ def main(weights: Path, results: Path, tp: int) -> None:
     placement = tiny.ttt_placement(lm_config=LM_CONFIG)
     model = build_model(LM_CONFIG, placement, dtype=torch.float32)
     parallelize(model, mesh, ParallelPlan(compute_dtype=torch.float32))
-    parameters = dict(model.named_parameters())
     with PeakAnonymous() as memory:
         model.to_empty(device="cpu")
         load_base_weights(model, weights)

@@ -14,6 +14,7 @@ from launch.generate import main as generate
 from launch.inference import find_checkpoint, load_model, load_talker, open_source
 from tests.integration.runs import side_by_side
 from tests.ranks import REPO
+from tests.wav import write_wav
 from ttt_dist.data.audio import FRAME_SAMPLES, SAMPLE_RATE
 
 pytestmark = pytest.mark.integration
@@ -21,15 +22,6 @@ GENERATE = REPO / "launch" / "generate.py"
 FRAMES = 60  # over three mini-batches of 16 and windows of 20 and 24 frames
 FIRST = 27  # frames of a conversation's first part: in the middle of a mini-batch
 SEED = 7  # moshi's own temperatures: after four steps the likeliest text is silence
-
-
-def write_wav(path: Path, samples: np.ndarray) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(len(samples))
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(np.round(samples.T * 32767).astype("<i2").tobytes())
-    return path
 
 
 def talking(

@@ -4,7 +4,6 @@ import copy
 import functools
 import io
 import json
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.quantization.core_vq import EuclideanCodebook
 
+from tests.wav import write_wav
 from ttt_dist.data.cache import CodesCache, CodesSpec
 from ttt_dist.data.encode import Codec
 from ttt_dist.data.interleave import TextIds
@@ -89,15 +89,6 @@ def small_tokenizer() -> sentencepiece.SentencePieceProcessor:
 
 def small_codec() -> Codec:
     return Codec(small_mimi(), small_tokenizer())
-
-
-def write_wav(path: Path, samples: np.ndarray, rate: int = 24_000) -> None:
-    """16-bit wav of float samples [channels, n]."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(samples.shape[0])
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((samples.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
 def stereo(seconds: float, *, rate: int = 24_000, seed: int = 0) -> np.ndarray:

@@ -17,8 +17,8 @@ from tests.unit.data_cases import (
     small_tokenizer,
     stereo,
     write_dataset,
-    write_wav,
 )
+from tests.wav import write_wav
 from ttt_dist.data import audio
 from ttt_dist.data.audio import FRAME_SAMPLES, StereoFile, encode_pieces, valid_frames
 from ttt_dist.data.cache import CodesSpec

@@ -11,15 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.data_cases import (
-    SPEC,
-    cache_in,
-    open_sources,
-    small_codec,
-    stereo,
-    write_dataset,
-    write_wav,
-)
+from tests.unit.data_cases import SPEC, cache_in, open_sources, small_codec, stereo, write_dataset
+from tests.wav import write_wav
 from ttt_dist.data.cache import CodesCache
 from ttt_dist.data.dataset import PieceDataset
 from ttt_dist.data.encode import encode_missing

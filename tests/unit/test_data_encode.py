@@ -9,14 +9,8 @@ import pytest
 import torch
 from moshi.models.compression import MimiModel
 
-from tests.unit.data_cases import (
-    cache_in,
-    open_sources,
-    small_codec,
-    stereo,
-    write_dataset,
-    write_wav,
-)
+from tests.unit.data_cases import cache_in, open_sources, small_codec, stereo, write_dataset
+from tests.wav import write_wav
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset, default_cache_folder, open_pieces
 from ttt_dist.data.encode import encode_missing, load_codec, missing_seconds, share_of

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tests.unit.data_cases import open_sources, stereo, write_dataset, write_wav
+from tests.unit.data_cases import open_sources, stereo, write_dataset
+from tests.wav import write_wav
 from ttt_dist.data.manifest import DataError, all_recordings, read_sources
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +21,13 @@ from launch.inference import load_model, load_talker, open_source
 from launch.release_settings import read_ttt_section
 from tests.ranks import REPO
 from tests.unit.release_cases import LAYERS, WINDOWS, write_ttt_release
+from tests.wav import write_wav
 from ttt_dist.data.audio import FRAME_SAMPLES, SAMPLE_RATE
 from ttt_dist.moshi.lora import LoRASettings, adapter_shapes
 from ttt_dist.moshi.packed import stock_state_dict
 from ttt_dist.moshi.released_lora import describe_adapters
 
 TEA = REPO / "configs" / "demo" / "audio" / "tea.flac"
-
-
-def write_wav(path: Path, samples: np.ndarray, rate: int) -> Path:
-    """16-bit wav of float samples `[channels, n]`."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(len(samples))
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(np.round(samples.T * 32767).astype("<i2").tobytes())
-    return path
 
 
 def heard(path: Path) -> tuple[UserAudio, np.ndarray]:

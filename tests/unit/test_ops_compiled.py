@@ -7,11 +7,10 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.unit.ops_cases import OPS, gradients, make_case, objective, relative
-from tests.unit.test_ops_operator import keep_scans, operator_arguments
+from tests.unit.test_ops_operator import check_operators, keep_scans, operator_arguments
 from ttt_dist.ops import deep_mlp_state, ttt_mlp
 from ttt_dist.ops.dual_form import dual_form
 from ttt_dist.ops.pointwise import Compiled
-from ttt_dist.ops.scan_op import SCAN, SCAN_BACKWARD
 from ttt_dist.ops.state import InnerState
 
 pytestmark = pytest.mark.integration  # compiling takes a few seconds a shape
@@ -55,13 +54,7 @@ def test_finite_differences(inner):
 
 @pytest.mark.parametrize("inner", INNER)
 def test_torch_checks_the_operators(inner):
-    args = operator_arguments(inner, True, torch.float32, compiled=True)
-    torch.library.opcheck(SCAN, args)
-    with torch.no_grad():
-        out, weights, borders = SCAN(*args)
-    backward = (*args, borders, torch.randn_like(out), [torch.randn_like(w) for w in weights])
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(SCAN_BACKWARD, backward, test_utils=tests)
+    check_operators(operator_arguments(inner, True, torch.float32, compiled=True))
 
 
 @pytest.mark.parametrize("inner", INNER)

@@ -37,14 +37,8 @@ def operator_arguments(inner, carried, dtype=torch.float64, compiled=False):
     return (*frames, weights, pending, end, 4, True, 1e-6, 2, compiled)
 
 
-@pytest.mark.parametrize("inner", ["mlp", "linear"])
-@pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_checks_the_operators(inner, carried, dtype):
+def check_operators(args):
     """Schema (nothing aliased, nothing mutated), fake tensors, autograd registration, AOT."""
-    args = operator_arguments(inner, carried, torch.float32)
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in args[:3])
-    args = (q, k, v, *args[3:])
     torch.library.opcheck(SCAN, args)
     with torch.no_grad():
         out, weights, borders = SCAN(*args)
@@ -52,6 +46,15 @@ def test_torch_checks_the_operators(inner, carried, dtype):
     # No second derivatives: what is checked of autograd is that they are refused.
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(SCAN_BACKWARD, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("inner", ["mlp", "linear"])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_checks_the_operators(inner, carried, dtype):
+    args = operator_arguments(inner, carried, torch.float32)
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in args[:3])
+    check_operators((q, k, v, *args[3:]))
 
 
 def mini_batches_computed(monkeypatch, run):
