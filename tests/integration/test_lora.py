@@ -20,10 +20,10 @@ LORA += ["parallel.tp=2"]
 
 @pytest.fixture(scope="module")
 def resumed(paths, tmp_path_factory) -> Run:
-    """Two steps, and after a resume a third."""
+    """Two steps, and after a resume a third; in bfloat16, so that what is frozen can be told."""
     folder = tmp_path_factory.mktemp("lora") / "run"
     settings = [*paths, *LORA, "global_batch_size=2", "do_eval=false", f"run_dir={folder}"]
-    settings += ["tensorboard=false"]
+    settings += ["tensorboard=false", "param_dtype=bfloat16"]
     for more in (["max_steps=2"], ["max_steps=3", "resume=true"]):
         job = run_ranks(2, TRAIN, [*settings, *more], timeout=TIMEOUT)
         assert job.returncode == 0, job.stdout + job.stderr
@@ -42,7 +42,10 @@ def test_adapters_train_over_ranks_and_resume(resumed):
     saved = resumed.checkpoint(3)
     frozen = set(initial) - trained
     assert sum(".frozen_W." in name for name in frozen) == len(adapters) / 2
-    assert [n for n in frozen if not torch.equal(saved[f"model.{n}"], initial[n])] == []
+    unlike = [n for n in frozen if not torch.equal(saved[f"model.{n}"], initial[n].bfloat16())]
+    assert unlike == []
+    assert {saved[f"model.{name}"].dtype for name in frozen} == {torch.bfloat16}
+    assert {saved[f"model.{name}"].dtype for name in trained} == {torch.float32}
     assert not any(f"optimizer.state.{name}.exp_avg" in saved for name in frozen)
     (row,) = re.findall(r"^LoRA adapters +([\d,]+) +([\d,]+)", resumed.job.stdout, re.MULTILINE)
     elements = sum(initial[name].numel() for name in adapters)
@@ -55,25 +58,26 @@ def test_adapters_by_themselves_give_the_trained_model_back(resumed, tmp_path):
     main([str(resumed.folder), "--adapters-only", "--dtype", "float32", "--out", str(out)])
     saved = resumed.checkpoint(3)
     model = initial_model(resumed, release=out)
-    changed = [n for n, p in model.named_parameters() if not torch.equal(p, saved[f"model.{n}"])]
-    assert changed == []
+    wanted = {name: saved[f"model.{name}"] for name, _ in model.named_parameters()}
+    # What is frozen comes from the base, whole.
+    found = {name: value.to(wanted[name].dtype) for name, value in model.named_parameters()}
+    assert [name for name, value in found.items() if not torch.equal(value, wanted[name])] == []
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_moshi_takes_the_adapters_and_gives_our_logits_without_ttt(resumed, tmp_path, fuse):
     """As `moshi.server --lora-weight` does, which merges them unless it is told not to."""
-    out = tmp_path / "out"
-    options = ["--adapters-only", "--base-only", "--dtype", "float32"]
-    main([str(resumed.folder), *options, "--out", str(out)])
+    out, with_ttt = tmp_path / "out", tmp_path / "with-ttt"
+    options = [str(resumed.folder), "--adapters-only", "--dtype", "float32"]
+    main([*options, "--base-only", "--out", str(out)])
+    main([*options, "--out", str(with_ttt)])
     info = CheckpointInfo.from_hf_repo(
         "none/at-all",
         lora_weights=str(out / "lora.safetensors"),
         config_path=str(out / "config.json"),
     )
     stock = info.get_moshi(dtype=torch.float32, fuse_lora=fuse)
-    ours = initial_model(resumed)
-    saved = resumed.checkpoint(3)
-    ours.load_state_dict({name: saved[f"model.{name}"] for name in ours.state_dict()})
+    ours = initial_model(resumed, release=with_ttt)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 100, (2, stock.num_codebooks, 30), generator=generator)
     with torch.no_grad(), without_ttt(ours):

@@ -111,6 +111,41 @@ CONTRADICTIONS = {
 }
 
 
+LUT = {"type": "lut", "lut": {"n_bins": 31, "dim": 16, "tokenizer": "noop"}}
+# Kyutai's other releases, by what sets them apart: settings, and the keys that are refused.
+RELEASES = {
+    "Moshi": ({}, []),
+    "Hibiki 2B": (
+        {
+            **BUILT["32 codebooks, a schedule of weights, low-rank embeddings"],
+            **{"dim": 2560, "num_heads": 20, "num_layers": 24, "text_card": 48000},
+            "conditioners": {"description": LUT},
+            "fuser": {"cross_attention_pos_emb": False, "sum": ["description"], "cross": []},
+        },
+        ["conditioners, fuser"],
+    ),
+    "speech to text 1B": (
+        {
+            **{"dim": 2048, "num_heads": 16, "num_layers": 16, "n_q": 32, "dep_q": 0},
+            **{"delays": [0] * 33, "conditioners": {}, "extra_heads_num_heads": 4},
+        },
+        ["extra_heads_num_heads", "dep_q"],
+    ),
+    "text to speech 1.6B": (
+        {
+            **{"n_q": 32, "dep_q": 32, "delays": [0] * 33, "demux_second_stream": True},
+            "depformer_weights_per_step_schedule": [*range(8), *[8] * 8, *[9] * 8, *[10] * 8],
+            "depformer_low_rank_embeddings": 128,
+            "cross_attention": True,
+            "conditioners": {"cfg": LUT},
+            "fuser": {"sum": ["cfg"], "cross": ["speaker_wavs"]},
+        },
+        ["conditioners, fuser", "cross_attention", "demux_second_stream", "n_q, dep_q"],
+    ),
+    "Moshi, 8 bits": ({"quantize": True}, ["quantize"]),
+}
+
+
 def codes_for(config: dict) -> torch.Tensor:
     """int64 `[2, 1 + n_q, FRAMES]`, the last sample with padded frames at its end."""
     generator = torch.Generator().manual_seed(0)
@@ -177,6 +212,15 @@ def test_releases_that_cannot_be_trained_are_refused_by_name(key):
     empty: object = type(value)()  # False or {}: what releases without the feature hold
     assert lm_config_problems(LM_CONFIG | {key: empty}) == []
     build_model(LM_CONFIG | {key: empty}, None)
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_kyutais_releases_build_or_are_refused_by_name(name):
+    changes, keys = RELEASES[name]
+    config = MOSHI_7B_LM_CONFIG | changes
+    assert [line.split(": ")[1] for line in lm_config_problems(config)] == keys
+    if not keys:
+        build_model(config, None)
 
 
 def test_a_condition_and_what_fuses_it_are_one_problem():

@@ -17,7 +17,7 @@ from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import build_model
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.lora import LoRASettings, is_adapter_parameter
-from ttt_dist.moshi.release import open_release
+from ttt_dist.moshi.release import names_elsewhere, open_release
 from ttt_dist.moshi.released_lora import (
     ReleasedAdapters,
     adapter_differences,
@@ -153,6 +153,28 @@ def stock_from(folder: Path) -> LMModel:
         config_path=folder / "config.json",
     )
     return info.get_moshi(dtype=torch.float32, fuse_lora=False)
+
+
+def test_a_releases_files_have_names_from_anywhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    info = open_release("release")
+    on_disk = {
+        "moshi_name": f"file://{folder}/model.safetensors",
+        "mimi_name": f"file://{folder}/mimi.safetensors",
+        "tokenizer_name": f"file://{folder}/tokenizer.model",
+    }
+    assert names_elsewhere(info, "release") == on_disk
+    config_path = str(folder / "config.json")
+    assert names_elsewhere(info, None, config_path=config_path) == on_disk
+    info.raw_config |= {"mimi_config_name": "mimi.json", "mimi_name": "hf://other/place/mimi.st"}
+    assert names_elsewhere(info, "owner/name", tokenizer_path="release/tokenizer.model") == {
+        "moshi_name": "hf://owner/name/model.safetensors",
+        "mimi_name": "hf://other/place/mimi.st",
+        "tokenizer_name": on_disk["tokenizer_name"],
+        "mimi_config_name": "hf://owner/name/mimi.json",
+    }
+    info.raw_config = None  # a repository without config.json, which moshi takes for a Moshi 7B
+    assert names_elsewhere(info, "owner/name")["moshi_name"] == "hf://owner/name/model.safetensors"
 
 
 def message_of(folder: Path) -> str:
