@@ -24,7 +24,7 @@ import ttt_dist.moshi.packed
 import ttt_dist.moshi.weights
 from ttt_dist.layer import TTTLayer
 from ttt_dist.norm import ShardedLayerNorm
-from ttt_dist.placement import BY_HEAD, REPLICATED, shard_slices, to_local
+from ttt_dist.placement import BY_HEAD, REPLICATED, to_local
 
 Fault = Callable[[], AbstractContextManager[Any]]
 
@@ -53,14 +53,18 @@ def no_grad_placements():
 def plain_cut_of_packed_weights() -> AbstractContextManager[Any]:
     """`Shard(0)` on the stacked q|k|v: a rank's block of rows, whatever projection they are of."""
 
-    def copy_packed(parameter: Any, source: Any) -> None:
-        parts, rows, inputs = shard_slices(parameter)
-        per_rank = (rows.stop - rows.start) * (parts.stop - parts.start)
-        first = rows.start // (rows.stop - rows.start) * per_rank
-        values = source[first : first + per_rank, inputs]
-        ttt_dist.moshi.weights.fill_own(parameter, values.unflatten(0, (parts.stop, -1)))
+    real = ttt_dist.moshi.weights._own_values
 
-    return patch.object(ttt_dist.moshi.weights, "_copy_packed", copy_packed)
+    def own_values(source: Any, own: Any, rows: int | None, first_row: int = 0) -> Tensor:
+        if rows is None:
+            return real(source, own, rows, first_row)
+        parts, own_rows, inputs = own
+        count = own_rows.stop - own_rows.start
+        per_rank = count * (parts.stop - parts.start)
+        first = own_rows.start // count * per_rank
+        return source[first : first + per_rank, inputs].unflatten(0, (-1, count))
+
+    return patch.object(ttt_dist.moshi.weights, "_own_values", own_values)
 
 
 def adapters_whole_matrices_not_summed() -> AbstractContextManager[Any]:
