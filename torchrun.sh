@@ -7,6 +7,7 @@
 # On one node the ranks meet on loopback. On several, start it once on each, with
 #   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=HOST:PORT    HOST is the node with NODE_RANK 0
 # (launch/slurm/train.sbatch does), on a private network: nothing between nodes is encrypted.
+# NODE_RANK is SLURM's where srun starts this.
 #
 # LOG_DIR=FOLDER keeps each rank's output there as well.
 # SIGTERM, SIGUSR1 and Ctrl-C go to the ranks, which have GRACE seconds (600) to write a checkpoint;
@@ -22,6 +23,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$here/.venv/bin/python
 [[ -x $python ]] || python=$(command -v python3)
 
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
 if [[ ${NNODES:-1} -gt 1 ]]; then
     for name in NODE_RANK RDZV_ENDPOINT; do
         if [[ -z ${!name:-} ]]; then
@@ -36,7 +38,8 @@ if [[ -z ${NPROC:-} ]]; then
     NPROC=$((gpus > 0 ? gpus : 2))
 fi
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
-    threads=$(($(getconf _NPROCESSORS_ONLN) / NPROC))
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc: those that this job may use
+    threads=$((cores / NPROC))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
@@ -76,7 +79,7 @@ else
     fi
 fi
 if [[ -n ${LOG_DIR:-} ]]; then
-    torchrun+=(--log-dir "$LOG_DIR" --tee 3)
+    torchrun+=(--log-dir "$LOG_DIR${NODE_RANK:+/node-$NODE_RANK}" --tee 3)
 else
     torchrun+=(--log-dir "$scratch/logs") # or it leaves an empty folder among the temporary ones
 fi
