@@ -22,6 +22,7 @@ from launch.errors import UserError
 from launch.model_checks import lora_settings, model_problems, ttt_section
 from launch.run_folder import adopt_saved, checkpoint_problems, run_dir_problems
 from launch.unbuilt import refuse_unbuilt
+from ttt_dist.data.encode import mimi_config_problems
 from ttt_dist.data.manifest import DataError, read_sources
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.release import open_release, released_ttt
@@ -252,6 +253,7 @@ def check_start(
         else:
             lm_config = release.lm_config or MOSHI_7B_LM_CONFIG
             found = model_problems(config, lm_config, reading.bad_keys)
+            found = found or mimi_config_problems(release)
             if not found and not any(key.startswith("ttt") for key in reading.bad_keys):
                 found = ttt_differences(released_ttt(release), ttt_section(config, lm_config))
             if not any(key.startswith("lora") for key in reading.bad_keys):

@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from moshi.models.compression import MimiModel
+from moshi.models.loaders import CheckpointInfo
+from moshi.models.loaders import _mimi_config as MIMI_CONFIG
 
 from tests.unit.data_cases import cache_in, open_sources, small_codec, stereo, write_dataset
 from tests.wav import write_wav
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset, default_cache_folder, open_pieces
-from ttt_dist.data.encode import encode_missing, load_codec, missing_seconds, share_of
+from ttt_dist.data.encode import (
+    encode_missing,
+    load_codec,
+    mimi_config_problems,
+    missing_seconds,
+    share_of,
+)
 from ttt_dist.data.interleave import TextIds
 from ttt_dist.data.manifest import DataError
 
@@ -173,6 +181,7 @@ def test_a_codec_that_does_not_fit_the_model_is_refused():
         """The parts of moshi's CheckpointInfo that loading a codec reads."""
 
         lm_config = {"n_q": 16, "dep_q": 8, "card": 2048, "text_card": 20}  # noqa: RUF012
+        mimi_config = None
         mimi_weights = tokenizer = Path("a")
 
         def get_mimi(self, device):
@@ -185,3 +194,24 @@ def test_a_codec_that_does_not_fit_the_model_is_refused():
         load_codec(Info(), CodesSpec(2.0, 8, TextIds(), "m", "t"), "cpu")
     assert "codebooks of 64 codes don't fit the model's card = 2048" in str(raised.value)
     assert "tokens don't fit the model's text_card = 20" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"quantizer": {"n_q": 8, "bins": 64}}, "n_q: found 8; the model hears and speaks 16 code"),
+        ({"quantizer": {"bins": 64}}, "n_q: found None; the model"),
+        ({"quantizer": 32}, "n_q: found None; the model"),
+        ({"seanet": None, "frame_rate": None}, "frame_rate, seanet: not there; use the file"),
+    ],
+)
+def test_a_mimi_of_other_codebooks_is_refused_by_its_configuration(changes, part):
+    """Before anything is loaded: moshi's own code fails without a word."""
+    settings = {key: value for key, value in (MIMI_CONFIG | changes).items() if value is not None}
+    info = CheckpointInfo(Path(), Path(), Path(), lm_config={"n_q": 32}, mimi_config=settings)
+    (problem,) = mimi_config_problems(info)
+    assert part in problem
+    with pytest.raises(DataError, match="Mimi's configuration"):
+        load_codec(info, CodesSpec(2.0, 16, TextIds(), "m", "t"), "cpu")
+    info.mimi_config = None
+    assert mimi_config_problems(info) == []

@@ -15,6 +15,7 @@ import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
 from moshi.models.loaders import CheckpointInfo
+from moshi.models.loaders import _mimi_config as MIMI_CONFIG
 
 from ttt_dist.data.audio import (
     SAMPLE_RATE,
@@ -69,11 +70,13 @@ def load_codec(info: CheckpointInfo, spec: CodesSpec, device: torch.device | str
     Raises:
         DataError: Mimi's rates or codebooks, or the tokenizer's size, don't fit.
     """
+    problems = mimi_config_problems(info)
+    if problems:
+        raise DataError(problems)
     config = info.lm_config or {}
     mimi = info.get_mimi(device=device).eval()
     mimi.set_num_codebooks(spec.codebooks)
     tokenizer = info.get_text_tokenizer()
-    problems = []
     if mimi.sample_rate != SAMPLE_RATE or mimi.frame_rate != FRAME_RATE:
         problems.append(
             f"Mimi ({info.mimi_weights}): found {mimi.sample_rate} Hz and {mimi.frame_rate} frames "
@@ -92,6 +95,28 @@ def load_codec(info: CheckpointInfo, spec: CodesSpec, device: torch.device | str
     if problems:
         raise DataError(problems)
     return Codec(mimi, tokenizer)
+
+
+def mimi_config_problems(info: CheckpointInfo) -> list[str]:
+    """Why Mimi can't be built, or can't give its language model's codebooks; reads no weight."""
+    if info.mimi_config is None:  # Kyutai's own: 32 codebooks
+        return []
+    missing = sorted(MIMI_CONFIG.keys() - info.mimi_config.keys())
+    if missing:
+        return [
+            f"Mimi's configuration (mimi_config_name in config.json): {', '.join(missing)}: not "
+            "there; use the file that was released with Mimi"
+        ]
+    quantizer = info.mimi_config["quantizer"]
+    codebooks = quantizer.get("n_q") if isinstance(quantizer, dict) else None
+    wanted = int((info.lm_config or {}).get("n_q", 16)) // 2
+    if not isinstance(codebooks, int) or codebooks < wanted:
+        return [
+            f"Mimi's configuration (mimi_config_name in config.json): quantizer: n_q: found "
+            f"{codebooks!r}; the model hears and speaks {wanted} codebooks: use the Mimi that was "
+            "released with it"
+        ]
+    return []
 
 
 def missing_seconds(recordings: Sequence[Recording], cache: CodesCache) -> float:

@@ -60,8 +60,8 @@ def load_base_weights(
         adapters: the release's, whose file's other tensors stand in place of those in `path`.
 
     Returns:
-        Names of the TTT parameters and adapters that the release held: all of the model's of a
-        kind, or none; those are for `init_ttt_weights` and `init_adapters` to fill.
+        Names of the TTT parameters and adapters that the release held, of each kind all of the
+        model's or none; `init_ttt_weights` and `init_adapters` fill the others.
 
     Raises:
         ReleaseError: a file is damaged, or names are missing, unexpected, or of another shape or
