@@ -1,7 +1,7 @@
 """A conversation of one user with Moshi, frame by frame, and all that it consists of.
 
-Moshi's own inference (`moshi.run_inference`), as a generator of answers: Mimi hears a frame, LMGen
-steps, Mimi speaks. What belongs to a conversation between two frames: the streaming states of Mimi
+It goes as moshi's own inference does (`moshi.run_inference`): Mimi hears a frame, LMGen steps, Mimi
+speaks. What belongs to a conversation between two frames: the streaming states of Mimi
 (encoder and decoder), of LMGen (tokens that are delayed) and of the language model (attention
 caches, TTT's inner networks with their pending updates), the random numbers, and the start of a
 character that isn't complete. `launch/conversation_file.py` saves it.
@@ -64,11 +64,12 @@ class Conversation:
             Moshi's text and audio `[FRAME_SAMPLES]` for a frame; None while delayed codebooks of
             its first are still to come.
         """
-        heard = self._mimi.encode(torch.from_numpy(samples).to(self._device)[None, None])
+        audio = torch.from_numpy(samples).to(self._device)[None, None]
+        heard = self._mimi.encode(audio)  # [1, K, 1]
         if self._first:
             # LMGen's first step reads initial tokens whatever it is given: as in training, the
             # first frame is read in the second.
-            self._generator.step(heard)  # [1, K, 1]
+            self._generator.step(heard)
             self._first = False
         tokens = self._generator.step(heard)  # [1, 1 + dep_q, 1]
         if tokens is None:

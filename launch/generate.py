@@ -4,9 +4,10 @@
                               [--save-state FILE] [--load-state FILE]
 
 CHECKPOINT is a run folder of `launch/train.py` (its newest checkpoint, or `--step N`), one of its
-`checkpoints/step-NNNNNN`, saved on any number of ranks, or a release folder: what
-`launch/export.py` writes, or a release without TTT, which then talks as stock Moshi. Everything
-else comes from the folder's own configuration: release, Mimi and tokenizer, attention windows, TTT.
+`checkpoints/step-NNNNNN`, saved on any number of ranks, or a release folder: whatever
+`launch/export.py` writes (adapters are merged when they are loaded), or a release without TTT,
+which talks as stock Moshi does. Everything else comes from the folder's own configuration: release,
+Mimi and tokenizer, attention windows, TTT.
 The audio is heard frame by frame (80 ms), as in a live conversation, so memory doesn't depend on
 its length.
 
