@@ -17,7 +17,7 @@ from ttt_dist.moshi.build import is_ttt_parameter
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 WORKER = Path(__file__).parent / "export_worker.py"
-LAYOUTS = {2: ["2x1", "1x2"], 4: ["2x2"]}  # ranks: FSDP shards x tp
+LAYOUTS = {2: ["2x1", "1x2"], 4: ["4x1", "2x2"]}  # ranks: FSDP shards x tp
 
 
 def run_worker(ranks: int, arguments: list[str]) -> None:
