@@ -47,7 +47,7 @@ from launch.wandb_log import start_wandb
 from launch.watchdog import Watchdog
 from parallel.checkpoint import Progress
 from parallel.checkpoint_metadata import CheckpointError
-from parallel.checkpoint_saver import CheckpointSaver, Keep
+from parallel.checkpoint_saver import CheckpointSaver, Keep, SaveError
 from parallel.device import device_type, local_device
 from parallel.mesh import (
     Layout,
@@ -292,6 +292,8 @@ def main(arguments: list[str]) -> None:
         train(start)
     except UserError as error:
         exit_with(error)
+    except SaveError as error:
+        exit_with(UserError(str(error), title="The run stopped"))
     except DataError as error:
         exit_with(UserError(error.problems))
     except (ReleaseError, CheckpointError, DemoBaseError) as error:

@@ -70,16 +70,16 @@ class Watchdog:
 
 
 def _where(frames: dict[int, FrameType], main: int) -> str:
-    """The innermost collective that any thread is in, and the line of ours that called it."""
+    """The way from a line of ours into a collective, in whatever thread is in one."""
     # The main thread first; on a GPU, gradients are reduced by autograd's threads.
     threads = sorted(frames, key=lambda thread: thread != main)
     for thread in threads:
         stack = traceback.extract_stack(frames[thread])
-        inside = [entry for entry in stack if "/torch/distributed/" in entry.filename]
+        inside = [entry.name for entry in stack if "/torch/distributed/" in entry.filename]
         if not inside:
             continue
         ours = [entry for entry in stack if "site-packages" not in entry.filename]
-        return f"the collective {inside[-1].name}, called by {_line(ours or stack)}"
+        return f"the collective {' > '.join(inside)}, called by {_line(ours or stack)}"
     return _line(traceback.extract_stack(frames[main]))
 
 

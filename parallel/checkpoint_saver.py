@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
@@ -50,6 +52,10 @@ class Keep:
 
     newest: int | None = None
     every: int | None = None
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be saved; those before it are as they were."""
 
 
 class CheckpointSaver:
@@ -100,12 +106,12 @@ class CheckpointSaver:
         """Copy all that a run needs to go on, and begin to write it; see `finish`.
 
         Raises:
-            CheckpointError: the save before this one failed, or this step's folder exists.
+            SaveError: the save before this one failed, or this step's folder exists.
         """
         self.finish()
         target = self._folder / f"step-{progress.step:06d}"
         if target.exists():
-            raise CheckpointError(f"{target} exists; a checkpoint is never written over")
+            raise SaveError(f"{target} exists; a checkpoint is never written over")
         partial = self._folder / from_first_rank(f".saving-{target.name}-{uuid.uuid4().hex[:8]}")
         tensors = self._stager.stage(run_tensors(model, optimizers))
         assert isinstance(tensors, dict)
@@ -120,7 +126,7 @@ class CheckpointSaver:
         """Wait for the save under way; the newest checkpoint committed here.
 
         Raises:
-            CheckpointError: on all ranks, where any rank could not write its part.
+            SaveError: on all ranks, where any rank could not write its part.
         """
         return None if self._saving is None else self._saving.result()
 
@@ -129,11 +135,11 @@ class CheckpointSaver:
     ) -> Path:
         """Every rank's thread: write, hash, commit; or fail, on all ranks alike."""
         try:
-            dcp.save(tensors, checkpoint_id=str(partial), process_group=self._group)
+            dcp.save(tensors, storage_writer=_Writer(partial), process_group=self._group)
         except dcp.CheckpointException as error:
             # DCP has told all ranks of it.
             causes = (f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-            raise CheckpointError(f"{target} could not be saved: {'; '.join(causes)}") from error
+            raise SaveError(f"{target} could not be saved: {'; '.join(causes)}") from error
         rank, world_size = dist.get_rank(), dist.get_world_size()
         files: dict[str, FileRecord] = {}
         failure = ""
@@ -155,7 +161,7 @@ class CheckpointSaver:
                 failures = [f"rank 0: {error}"]
         dist.broadcast_object_list(told := [failures], src=0, group=self._group)
         if told[0]:
-            raise CheckpointError(f"{target} could not be saved: {'; '.join(told[0])}")
+            raise SaveError(f"{target} could not be saved: {'; '.join(told[0])}")
         return target
 
     def _commit(self, partial: Path, target: Path, files: dict[str, FileRecord]) -> None:
@@ -166,6 +172,22 @@ class CheckpointSaver:
         _prune(self._folder, self._keep)
         if self._on_commit is not None:
             self._on_commit(target)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's, but it tells what failed first: torch's zip writer hides a full disk behind its own
+    complaint ("unexpected pos 704 vs 598")."""
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except (OSError, RuntimeError) as error:
+            first: BaseException = error
+            while (earlier := first.__cause__ or first.__context__) is not None:
+                first = earlier
+            raise OSError(f"{type(first).__name__}: {first}") from error
 
 
 def _is_of(path: Path, rank: int) -> bool:

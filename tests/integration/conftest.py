@@ -1,39 +1,12 @@
 """Runs that several tests look at."""
 
-from pathlib import Path
-from subprocess import CompletedProcess
-from typing import NamedTuple
-
 import pytest
 
-from tests.integration.runs import PREPARE, TIMEOUT, TRAIN, Run, single, snapshot
+from tests.integration.runs import TIMEOUT, TRAIN, Run
 from tests.ranks import run_ranks
 
 # Stands for any secret of the person who starts a run.
 SECRET = "sentinel-7f3a91c2"
-
-
-class Prepared(NamedTuple):
-    """Codes of the demo speech, encoded ahead of every run."""
-
-    folder: Path
-    job: CompletedProcess[str]
-    files: dict[str, tuple[int, int]]
-
-
-@pytest.fixture(scope="session")
-def prepared(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("codes")
-    job = single(
-        [f"moshi_paths.hf_repo_id={demo_base}", f"data.cache_dir={folder}"], script=PREPARE
-    )
-    return Prepared(folder, job, snapshot(folder))
-
-
-@pytest.fixture(scope="session")
-def paths(demo_base: Path, prepared: Prepared) -> list[str]:
-    """Overrides that keep a run away from the checkout's own files."""
-    return [f"moshi_paths.hf_repo_id={demo_base}", f"data.cache_dir={prepared.folder}"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,119 @@
+"""Checkpoints that are not what was saved, and resuming on other ranks."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults.jobs import (
+    STEPS,
+    Setting,
+    assert_good,
+    assert_taken_up,
+    interrupt,
+    torchrun,
+)
+from tests.integration.runs import TRAIN, Run, side_by_side, snapshot
+
+pytestmark = pytest.mark.faults
+
+
+def copy_of(whole: Run, folder: Path, *steps: int) -> Run:
+    """A run that ended after the last of these steps, and left these checkpoints alone."""
+    shutil.copytree(whole.folder, folder)
+    for name in whole.checkpoints:
+        if int(name.removeprefix("step-")) not in steps:
+            shutil.rmtree(folder / "checkpoints" / name)
+    return Run(folder, whole.job)
+
+
+def flip_a_bit(file: Path) -> None:
+    """In the middle, among the tensors."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_damaged_checkpoints_are_named_and_the_newest_good_one_is_taken(setting, tmp_path):
+    """A flipped bit, a torn folder, an empty one, and names that are no checkpoint's."""
+    run = copy_of(setting.whole, tmp_path / "run", 2, 4)
+    folder = run.folder / "checkpoints"
+    flip_a_bit(folder / "step-000004" / "__1_0.distcp")
+    shutil.copytree(folder / "step-000002", folder / "step-000005")
+    (folder / "step-000005" / ".metadata").unlink()
+    (folder / "step-000006").mkdir()
+    shutil.copytree(setting.whole.folder / "checkpoints" / "step-000006", folder / "step-9.bak")
+    good = snapshot(folder / "step-000002")
+    resumed = assert_taken_up(setting, run, after=2)
+    for line in (
+        "step-000004 is damaged (__1_0.distcp is not what was saved (SHA-256 differs))",
+        "step-000005 is damaged (.metadata is missing)",
+        "step-000006 is damaged (manifest.json can't be read",
+    ):
+        assert resumed.job.stdout.count(line) == 1, line
+    assert snapshot(folder / "step-000002") == good
+    aside = [name[:19] for name in resumed.checkpoints if name.startswith("damaged-")]
+    assert aside == ["damaged-step-000004", "damaged-step-000005", "damaged-step-000006"]
+    assert_good(resumed, 2, 4, 6)
+
+
+@pytest.fixture(scope="module")
+def refused(setting: Setting, tmp_path_factory):
+    """Runs none of whose checkpoints is good: jobs, folders, and their files before."""
+    folder = tmp_path_factory.mktemp("refused")
+    runs = {name: copy_of(setting.whole, folder / name, 2, 4) for name in ("torn", "flipped")}
+    for step in ("step-000002", "step-000004"):
+        cut(runs["torn"].folder / "checkpoints" / step / "__0_0.distcp")
+        flip_a_bit(runs["flipped"].folder / "checkpoints" / step / "__0_0.distcp")
+    before = {name: snapshot(run.folder / "checkpoints") for name, run in runs.items()}
+    arguments = {
+        name: [*setting.arguments, f"run_dir={run.folder}", "resume=true"]
+        for name, run in runs.items()
+    }
+    return side_by_side(arguments, script=TRAIN), runs, before
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("torn", "__0_0.distcp has"), ("flipped", "__0_0.distcp is not what")]
+)
+def test_a_run_without_a_good_checkpoint_is_refused_not_begun_anew(refused, name, told):
+    jobs, runs, before = refused
+    assert jobs[name].returncode == 2
+    assert "Traceback" not in jobs[name].stderr
+    assert jobs[name].stderr.count("This run can't start: 1 problem.") == 1
+    assert jobs[name].stderr.count(told) == 2
+    assert snapshot(runs[name].folder / "checkpoints") == before[name]
+
+
+def test_a_run_goes_on_over_other_ranks(setting, tmp_path):
+    """2 ranks, then 4 that also split heads, then one; each step as the two ranks took it.
+
+    In float64, where sums in another order differ by about 1e-16; Moshi's norms are float32 and
+    leave 1e-7 (tests/distributed/test_layouts.py), which the steps of AdamW carry on.
+    """
+    run = copy_of(setting.whole, tmp_path / "run", 2)
+    known = len(run.rows)
+    command = torchrun(setting, run.folder, "resume=true", "parallel.tp=2", ranks=4)
+    on_four = interrupt(
+        command, run.folder, lambda pid: os.kill(pid, signal.SIGTERM), after=known + 1
+    )
+    assert "resumed after step 2 from" in on_four.job.stdout
+    assert on_four.status["state"] == "preempted"
+    reached = on_four.status["step"]
+    assert 3 <= reached < STEPS
+    on_one = setting.run(run.folder, "resume=true", ranks=1)
+    assert on_one.job.returncode == 0, on_one.job.stderr
+    assert f"resumed after step {reached} from" in on_one.job.stdout
+    rows = [row for row in on_one.rows[known:] if "loss" in row]
+    assert [row["step"] for row in rows] == [3, 4, 5, 6]
+    for row, expected in zip(rows, setting.whole.steps[2:], strict=True):
+        for key in ("loss", "grad_norm"):
+            torch.testing.assert_close(row[key], expected[key], rtol=1e-6, atol=0, msg=key)
+    assert_good(on_one, *sorted({2, 4, 6, reached}))

@@ -1,0 +1,69 @@
+"""Signals that end a run: after the step under way, with a checkpoint, and resumable."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from parallel.checkpoint import checkpoint_step, list_checkpoints
+from tests.faults.jobs import (
+    STEPS,
+    assert_good,
+    assert_taken_up,
+    interrupt,
+    ranks_of,
+    torchrun,
+)
+
+pytestmark = pytest.mark.faults
+
+
+def one_rank(folder):
+    """The highest of a job's ranks."""
+    return ranks_of(folder)[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "whom"), [("SIGTERM", "torchrun"), ("SIGTERM", "rank"), ("SIGUSR1", "rank")]
+)
+def test_a_signal_ends_the_run_at_the_next_step_with_a_checkpoint(setting, tmp_path, name, whom):
+    folder = tmp_path / "run"
+
+    def send(torchrun_pid: int) -> None:
+        os.kill(torchrun_pid if whom == "torchrun" else one_rank(folder), signal.Signals[name])
+
+    run = interrupt(torchrun(setting, folder), folder, send)
+    status = run.status
+    assert (status["state"], status["reason"]) == ("preempted", name)
+    step = status["step"]
+    assert 2 <= step < STEPS
+    assert f"ended by {name} after step {step}; to go on: resume=true" in run.job.stdout
+    assert "Traceback" not in run.job.stdout
+    if whom == "rank":  # torchrun itself exits with 1 when it is signalled
+        assert run.job.returncode == 0, run.job.stderr
+    assert_good(run, *sorted({*range(2, step + 1, 2), step}))
+    assert_taken_up(setting, run, after=step)
+
+
+def test_a_second_interrupt_ends_the_run_at_once(setting, tmp_path):
+    """The first reaches a run whose one rank stands still, so no step boundary comes."""
+    folder = tmp_path / "run"
+
+    def interrupt_twice(torchrun_pid: int) -> None:
+        stuck = one_rank(folder)
+        os.kill(stuck, signal.SIGSTOP)
+        first = ranks_of(folder)[0]
+        os.kill(first, signal.SIGINT)
+        time.sleep(1.5)  # two within a second count as one
+        os.kill(first, signal.SIGINT)
+        time.sleep(1.5)
+        os.kill(stuck, signal.SIGCONT)
+
+    run = interrupt(torchrun(setting, folder), folder, interrupt_twice)
+    assert run.job.returncode != 0
+    assert (run.status["state"], run.status["reason"]) == ("failed", "aborted by a second SIGINT")
+    assert "rank 0: SIGINT: stopping after this step" in run.job.stdout
+    # A save under way is lost; what stands is good.
+    committed = list_checkpoints(folder / "checkpoints")
+    assert_good(run, *map(checkpoint_step, committed))

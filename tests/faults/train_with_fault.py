@@ -1,0 +1,97 @@
+"""`launch/train.py` with a fault that one rank meets:
+
+    torchrun … tests/faults/train_with_fault.py FAULT RANK [arguments of launch/train.py]
+
+The faults are real: a process that is killed or stopped, a full disk, a number that isn't finite.
+What is planted is when.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from launch import train
+from parallel import checkpoint_saver
+from parallel.mesh import leave_job
+from ttt_dist.moshi.block import TTTMoshi
+
+STEP = 3  # that the fault meets; checkpoints are due after each second one
+FILE_BYTES = 2**20  # more than every file but a checkpoint's
+
+
+def send_self(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def at_call(holder: Any, name: str, call: int, act: Callable[[], None]) -> None:
+    """Act in the `call`-th call of `holder.name`, counted from 1, before it does anything."""
+    original, calls = getattr(holder, name), 0
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return original(*arguments, **keywords)
+
+    setattr(holder, name, wrapped)
+
+
+def in_step(act: Callable[[], None]) -> None:
+    """After forward and backward, before anything is agreed upon."""
+    at_call(train, "clip_gradients", STEP, act)
+
+
+def no_numbers(steps: int) -> None:
+    """From STEP on, so many steps in which this rank's text losses aren't finite."""
+    original, calls = TTTMoshi.token_losses, 0
+
+    def wrapped(model: TTTMoshi, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        text, audio = original(model, codes)
+        if not torch.is_grad_enabled():
+            return text, audio
+        calls += 1
+        return (text * float("nan") if STEP <= calls < STEP + steps else text), audio
+
+    TTTMoshi.token_losses = wrapped
+
+
+def fill_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+
+
+KILL = send_self(signal.SIGKILL)
+SECOND = 2  # save
+FAULTS: dict[str, Callable[[], None]] = {
+    "killed in a step": lambda: in_step(KILL),
+    "stopped in a step": lambda: in_step(send_self(signal.SIGSTOP)),
+    "killed before the metadata": lambda: at_call(
+        checkpoint_saver.dcp.FileSystemWriter, "finish", SECOND, KILL
+    ),
+    "killed before the manifest": lambda: at_call(checkpoint_saver, "write_manifest", SECOND, KILL),
+    # Files are synced before the rename, the folder after it.
+    "killed before the rename": lambda: at_call(checkpoint_saver, "_sync", 2 * SECOND - 1, KILL),
+    "full disk": lambda: in_step(fill_disk),
+    "one bad step": lambda: no_numbers(1),
+    "bad steps": lambda: no_numbers(2),
+}
+
+
+if __name__ == "__main__":
+    fault, rank, *arguments = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        FAULTS[fault]()
+    sys.argv[1:] = arguments
+    train.main(arguments)
+    leave_job(0)
