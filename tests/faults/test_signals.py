@@ -25,7 +25,8 @@ def one_rank(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "whom"), [("SIGTERM", "torchrun"), ("SIGTERM", "rank"), ("SIGUSR1", "rank")]
+    ("name", "whom"),
+    [("SIGTERM", "torchrun"), ("SIGTERM", "rank"), ("SIGUSR1", "rank"), ("SIGINT", "rank")],
 )
 def test_a_signal_ends_the_run_at_the_next_step_with_a_checkpoint(setting, tmp_path, name, whom):
     folder = tmp_path / "run"
