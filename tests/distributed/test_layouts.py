@@ -1,7 +1,7 @@
 """Every layout trains the model that one process trains (gloo ranks; cases.py lists the cases).
 
-Five AdamW steps of eight samples, in two microbatches a rank, with clipping, against one process
-that has each step's samples in one batch.
+Five AdamW steps (fewer for variants of a layout) of eight samples, in two microbatches a rank,
+with clipping, against one process that has each step's samples in one batch.
 
 Tolerances (DESIGN.md, Numbers): whole models in float64 agree to 1e-6, since Moshi's norms and RoPE
 compute in float32 whatever the model's dtype; in float32, loss and first-step gradients to 1e-5,
@@ -28,7 +28,6 @@ from tests.distributed.cases import (
     MAX_NORM,
     RESHARDS,
     SAMPLES,
-    STEPS,
     TP_LAYOUTS,
 )
 from tests.distributed.faults import FAULTS
@@ -41,17 +40,26 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """`measured(world_size, job)`: a job's results; it runs when it is first asked for."""
+    """`measured(world_size, job)`: a job's results; it runs once, when it is first asked for."""
     done = {}
+    failures = {}
+    plain = tmp_path_factory.mktemp("plain")  # of all jobs
 
     def measure(world_size, job="eager"):
-        if (world_size, job) not in done:
+        key = world_size, job
+        if key not in done and key not in failures:
             folder = tmp_path_factory.mktemp(f"world{world_size}-{job}")
             results = folder / "results.json"
-            ended = run_ranks(world_size, WORKER, [str(results), str(folder), job], timeout=420)
-            assert ended.returncode == 0, ended.stdout + ended.stderr
-            done[world_size, job] = json.loads(results.read_text())
-        return done[world_size, job]
+            arguments = [*map(str, (results, folder, plain)), job]
+            try:
+                ended = run_ranks(world_size, WORKER, arguments, timeout=420)
+                assert ended.returncode == 0, ended.stdout + ended.stderr
+            except AssertionError as failure:  # also of a job whose time was up
+                failures[key] = str(failure)
+            else:
+                done[key] = json.loads(results.read_text())
+        assert key not in failures, failures[key]
+        return done[key]
 
     return measure
 
@@ -59,17 +67,18 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_layout_trains_the_same_model(measured, name):
     case = CASES[name]
+    trained = case.trained
     found = measured(case.ranks, case.job)[name]
-    tolerance = TOLERANCE[case.dtype]
+    tolerance = TOLERANCE[trained.dtype]
     assert found["same_names"]
     assert found["start"][0] == 0, found["start"]  # the same initial values, bit for bit
     assert found["trained"]
     assert found["finite"]
     assert found["contexts"] == [[False, 7], [True, 5], [True, 5], [False, 7]]
-    if case.frozen or case.lora_rank:
+    if trained.frozen or trained.lora_rank:
         assert found["untrained"]
-        trained = [".ttt.", ".lora_", *(["emb"] if case.ft_embed else [])]
-        assert not any(part in name for name in found["untrained"] for part in trained)
+        parts = [".ttt.", ".lora_", *(["emb"] if trained.ft_embed else [])]
+        assert not any(part in name for name in found["untrained"] for part in parts)
     else:
         assert found["untrained"] == []
 
@@ -79,9 +88,9 @@ def test_layout_trains_the_same_model(measured, name):
     for step, (sharded, plain) in enumerate(found["norms"]):
         assert sharded == pytest.approx(plain, rel=tolerance), step
         assert plain > MAX_NORM, (step, "clipping does not act")
-    if case.dtype == torch.float64:
+    if trained.dtype == torch.float64:
         assert found["gradients"][0] < tolerance, found["gradients"]
-        if case.steps == STEPS:
+        if case.steps > 1:
             assert found["parameters"][0] < tolerance, found["parameters"]
     else:
         rounding = found["plain rounding"]
@@ -96,7 +105,7 @@ def test_layout_trains_the_same_model(measured, name):
     assert elements["extra"] < 0.02 * elements["total"], elements
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if not c.frozen])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if not c.trained.frozen])
 def test_a_step_issues_these_collectives_and_no_others(measured, name):
     case = CASES[name]
     assert measured(case.ranks, case.job)[name]["traffic"] == expected_traffic(case)
@@ -127,10 +136,10 @@ def expected_traffic(case):
     # On tp attention, feed-forward and TTT sum an output forward and an input's gradient backward;
     # TTT's norm gathers statistics. The Depformer gathers losses and sums its input's gradient.
     add(("tp",), "all-reduce", (2 * (4 * 2 + 2) + 1) * passes)
-    if case.lora_rank:
+    if case.trained.lora_rank:
         # Four layers' four matrices that are whole on every rank; and without trained embeddings
         # the first layer's input has no gradient.
-        add(("tp",), "all-reduce", (4 * 4 - (not case.ft_embed)) * passes)
+        add(("tp",), "all-reduce", (4 * 4 - (not case.trained.ft_embed)) * passes)
     add(("tp",), "all-gather", (2 + 1) * passes)
     add(("tp",), "reduce-scatter", 2 * passes)
     if case.plan.get("recompute") != "none":

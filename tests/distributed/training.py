@@ -7,12 +7,12 @@ one batch; the sharded run goes through the functions that `launch/train.py` cal
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -24,7 +24,7 @@ from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from parallel.reduce import clip_gradients
 from tests.distributed import tiny
-from tests.distributed.cases import ACCUMULATION, MAX_NORM, SAMPLES, STEPS, Case
+from tests.distributed.cases import ACCUMULATION, CASES, MAX_NORM, SAMPLES, Case, Trained
 from tests.distributed.faults import Fault
 from tests.distributed.measure import largest_of_ranks, relative_errors, whole, worst
 from ttt_dist.moshi.block import TTTMoshi
@@ -45,18 +45,6 @@ if TYPE_CHECKING:  # torchtitan may not be imported before parallel.device
     from torchtitan.components.optimizer import OptimizersContainer
 
 OPTIM = OptimConfig(lr=1e-3, ttt_lr=3e-3, pct_start=0.0, final_lr_fraction=1.0)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a model is, whatever the layout; see `Case` for the fields."""
-
-    dtype: torch.dtype = torch.float64
-    inner_model: str = "mlp"
-    mlp_layers: int = 2
-    frozen: bool = False
-    lora_rank: int = 0
-    ft_embed: bool = False
 
 
 class OneRank:
@@ -120,63 +108,89 @@ def gradients(model: TTTMoshi) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlainRun:
     """The steps of one process, on one batch each.
 
-    The first step's gradients are there at once; `steps` trains on when it is first asked for.
+    Attributes:
+        start: parameters.
+        gradients: of the first step.
+        losses: a step's total, text and audio loss.
+        norms: of a step's gradients, before they are clipped.
+        parameters: number of steps -> parameters after them, for all numbers that are judged.
     """
 
-    weights: Path
-    trained: Trained
-    start: dict[str, Tensor] = field(init=False)
-    gradients: dict[str, Tensor] = field(init=False)
+    start: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    losses: list[list[float]]
+    norms: list[float]
+    parameters: dict[int, dict[str, Tensor]]
 
-    def __post_init__(self) -> None:
-        self._model = make_model(self.weights, self.trained, None, {})
-        self.start = {n: v.clone() for n, v in values(self._model).items()}
-        self._first_loss = self._backward(0)
-        self.gradients = {n: g.clone() for n, g in gradients(self._model).items()}
 
-    @cached_property
-    def steps(self) -> tuple[list[list[float]], list[float], dict[str, Tensor]]:
-        """Losses and gradient norms of all steps, and the parameters after them."""
-        groups = build_optimizers(self._model, OPTIM, fused=False).optimizers[0].param_groups
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [value], "lr": group["lr"], "weight_decay": group["weight_decay"]}
-                for group in groups
-                for value in group["params"]
-            ],
-            betas=OPTIM.betas,
-            eps=OPTIM.eps,
-            foreach=False,
-        )
-        losses, norms = [], []
-        for step in range(STEPS):
-            losses.append(self._backward(step) if step else self._first_loss)
-            norms.append(nn.utils.clip_grad_norm_(self._model.parameters(), MAX_NORM).item())
-            optimizer.step()
-            optimizer.zero_grad()
-        return losses, norms, values(self._model)
-
-    def _backward(self, step: int) -> list[float]:
+def train_plain(weights: Path, trained: Trained) -> PlainRun:
+    """As many steps as any case of `trained` takes, on plain tensors and with torch's own AdamW."""
+    model = make_model(weights, trained, None, {})
+    config = loss_config(model)
+    groups = build_optimizers(model, OPTIM, fused=False).optimizers[0].param_groups
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [value], "lr": group["lr"], "weight_decay": group["weight_decay"]}
+            for group in groups
+            for value in group["params"]
+        ],
+        betas=OPTIM.betas,
+        eps=OPTIM.eps,
+        foreach=False,
+    )
+    judged = {case.steps for case in CASES.values() if case.trained == trained}
+    run = PlainRun(copies(values(model)), {}, [], [], {})
+    for step in range(max(judged)):
         codes = tiny.random_codes(SAMPLES, tiny.FRAMES, seed=step)
-        config = loss_config(self._model)
-        return step_losses(accumulate_gradients(self._model, [codes], config, OneRank()))
+        run.losses.append(step_losses(accumulate_gradients(model, [codes], config, OneRank())))
+        if step == 0:
+            run.gradients.update(copies(gradients(model)))
+        run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in judged:
+            run.parameters[step + 1] = copies(values(model))
+    return run
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 class PlainRuns:
-    """Unsharded runs by what they train; each is computed once a job, whatever the layouts."""
+    """Unsharded runs by what they train; each is computed once, whatever the layouts and jobs.
 
-    def __init__(self, weights: Path) -> None:
+    Args:
+        weights: of the base.
+        folder: keeps the runs, for later jobs too.
+    """
+
+    def __init__(self, weights: Path, folder: Path) -> None:
         self.weights = weights
-        self._done: dict[Trained, PlainRun] = {}
+        self._folder = folder
+        self._read: dict[Trained, PlainRun] = {}
+
+    def compute(self, wanted: list[Trained]) -> None:
+        """Run those that no job has run yet, shared out over the ranks; all call it together."""
+        missing = [trained for trained in wanted if not self._file(trained).exists()]
+        dist.barrier()  # nobody writes before everybody has looked
+        for trained in missing[dist.get_rank() :: dist.get_world_size()]:
+            part = self._file(trained).with_suffix(".part")  # a killed job leaves no torn run
+            torch.save(vars(train_plain(self.weights, trained)), part)
+            part.rename(self._file(trained))
+        dist.barrier()
 
     def of(self, trained: Trained) -> PlainRun:
-        if trained not in self._done:
-            self._done[trained] = PlainRun(self.weights, trained)
-        return self._done[trained]
+        if trained not in self._read:
+            self._read[trained] = PlainRun(**torch.load(self._file(trained), weights_only=True))
+        return self._read[trained]
+
+    def _file(self, trained: Trained) -> Path:
+        return self._folder / ("-".join(map(str, astuple(trained))) + ".pt")
 
 
 def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str, Any]:
@@ -184,9 +198,8 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
 
     Losses, norms and parameters of `case.steps` steps.
     """
-    trained = Trained(**{f.name: getattr(case, f.name) for f in fields(Trained)})
+    trained = case.trained
     plain = plain_runs.of(trained)
-    plain_losses, plain_norms, plain_final = plain.steps
     model = make_model(plain_runs.weights, trained, mesh, case.plan)
     config = loss_config(model)
     optimizers = build_optimizers(model, OPTIM, fused=False)
@@ -209,7 +222,7 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
                 mesh,
                 reduce_every_microbatch=case.reduce_every_microbatch,
             )
-        result["losses"].append([step_losses(loss), plain_losses[step]])
+        result["losses"].append([step_losses(loss), plain.losses[step]])
         if step == 0:
             found = gradients(model)
             result["trained"] = list(found) == list(plain.gradients)
@@ -217,18 +230,18 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
             errors = errors_on_ranks(found, plain.gradients)
             result["gradients"] = worst(errors)
             result["finite"] = all(bool(whole(g).isfinite().all()) for g in found.values())
-            if case.dtype == torch.float32:
+            if trained.dtype == torch.float32:
                 result["all gradients"] = errors
                 exact = plain_runs.of(replace(trained, dtype=torch.float64)).gradients
                 pairs = {n: (g.double(), exact[n]) for n, g in plain.gradients.items()}
                 result["plain rounding"] = relative_errors(pairs)
         norm = clip_gradients(model.parameters(), MAX_NORM).item()
-        result["norms"].append([norm, plain_norms[step]])
+        result["norms"].append([norm, plain.norms[step]])
         optimizers.step()
     result["elements"] = elements_held(model, optimizers, mesh)
     result["traffic"] = {" ".join(key[:2]): n for key, n in traffic.calls.items()}
-    if case.steps == STEPS:
-        result["parameters"] = worst(errors_on_ranks(values(model), plain_final))
+    if case.steps > 1:
+        result["parameters"] = worst(errors_on_ranks(values(model), plain.parameters[case.steps]))
     return result
 
 

@@ -1,6 +1,6 @@
 """All cases of one world size in one job; rank 0 writes what was measured as JSON.
 
-    torchrun --nproc_per_node N worker.py RESULTS.json WORK_FOLDER JOB
+    torchrun --nproc_per_node N worker.py RESULTS.json WORK_FOLDER PLAIN_RUNS JOB
 
 cases.py lists the cases, training.py runs them; the tests judge what comes out.
 """
@@ -32,7 +32,7 @@ from parallel.mesh import (
     leave_job,
 )
 from tests.distributed import tiny
-from tests.distributed.cases import CASES, LAYOUTS, LORA_RANK, RESHARDS, SAMPLES, TP_LAYOUTS
+from tests.distributed.cases import CASES, LAYOUTS, LORA, RESHARDS, SAMPLES, TP_LAYOUTS, Trained
 from tests.distributed.faults import FAULTS, LORA_FAULTS
 from tests.distributed.measure import whole
 from tests.distributed.saving import save_checkpoint
@@ -40,7 +40,6 @@ from tests.distributed.tp_cases import layer_traffic, placement_words
 from tests.distributed.training import (
     OPTIM,
     PlainRuns,
-    Trained,
     compare_training,
     loss_config,
     make_model,
@@ -87,7 +86,7 @@ def reshard_checkpoint(
     return result
 
 
-def main(results: Path, work: Path, job: str) -> None:
+def main(results: Path, work: Path, plain: Path, job: str) -> None:
     init_process_group(timedelta(seconds=120))
     world_size = dist.get_world_size()
     weights = work / "tiny.safetensors"
@@ -97,7 +96,9 @@ def main(results: Path, work: Path, job: str) -> None:
     meshes = {
         name: build_mesh(lay) for name, (ranks, lay) in LAYOUTS.items() if ranks == world_size
     }
-    plain_runs = PlainRuns(weights)
+    cases = {n: c for n, c in CASES.items() if c.layout in meshes and c.job == job}
+    plain_runs = PlainRuns(weights, plain)
+    plain_runs.compute(list(dict.fromkeys(case.trained for case in cases.values())))
     found: dict[str, Any] = {"seconds": {}}
 
     def run(name: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
@@ -105,9 +106,8 @@ def main(results: Path, work: Path, job: str) -> None:
         found[name] = measure(*arguments)
         found["seconds"][name] = round(time.monotonic() - start, 1)
 
-    for name, case in CASES.items():
-        if case.layout in meshes and case.job == job:
-            run(name, compare_training, plain_runs, meshes[case.layout], case)
+    for name, case in cases.items():
+        run(name, compare_training, plain_runs, meshes[case.layout], case)
     if job == "eager":
         run_other_measurements(meshes, run, plain_runs, work)
     if dist.get_rank() == 0:
@@ -125,7 +125,7 @@ def run_other_measurements(
             run(f"layer {layout}", layer_traffic, meshes[layout])
     for name, (layout, fault) in FAULTS.items():
         if layout in meshes:
-            trained = Trained(lora_rank=LORA_RANK if name in LORA_FAULTS else 0)
+            trained = LORA if name in LORA_FAULTS else Trained()
             run(f"fault {name}", planted_fault, plain_runs, meshes[layout], fault, trained)
     for name, (saved, loaded, lora_rank) in RESHARDS.items():
         if saved in meshes:
@@ -135,5 +135,5 @@ def run_other_measurements(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(*map(Path, sys.argv[1:4]), sys.argv[4])
     leave_job(0)
