@@ -49,9 +49,9 @@ from launch.export_config import (
 )
 from launch.export_tensors import TrainedTensors, tensor_specs
 from launch.model_checks import lora_settings, ttt_section
-from launch.run_folder import RunFolder
+from launch.run_checkpoints import choose_checkpoint
 from launch.setup import lay_out_model
-from parallel.checkpoint import CheckpointError, list_checkpoints, read_progress
+from parallel.checkpoint import CheckpointError, read_progress
 from ttt_dist.moshi.build import is_ttt_parameter, lm_settings
 from ttt_dist.moshi.context import (
     check_attention_contexts,
@@ -98,22 +98,10 @@ def find_checkpoint(run: Path, step: int | None) -> Path:
         raise UserError(
             f"RUN_DIR: {run} {what}, so no run began there; check the path", title=TITLE
         )
-    folder = RunFolder(run).checkpoints
-    found = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder)}
-    if not found:
-        raise UserError(
-            f"RUN_DIR: {folder} holds no checkpoint (step-NNNNNN); train with do_ckpt=true",
-            title=TITLE,
-        )
-    if step is None:
-        return found[max(found)]
-    if step not in found:
-        raise UserError(
-            f"--step: found {step}, but {folder} has steps {', '.join(map(str, found))}; name one "
-            "of them, or leave --step out for the newest",
-            title=TITLE,
-        )
-    return found[step]
+    try:
+        return choose_checkpoint(run, step, named="RUN_DIR")
+    except UserError as error:
+        raise UserError(error.problems, title=TITLE) from None
 
 
 def plan_export(

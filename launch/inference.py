@@ -23,12 +23,11 @@ from launch.config import TrainConfig, load_config
 from launch.errors import UserError, exit_with
 from launch.model_checks import NEEDED_OF_MODEL, lora_settings
 from launch.release_settings import read_ttt_section
-from launch.run_folder import RunFolder
+from launch.run_checkpoints import choose_checkpoint, undamaged
 from launch.setup import attention_windows, model_dtypes, ttt_placement
 from launch.unbuilt import refuse_unbuilt
 from parallel.checkpoint import (
     CheckpointError,
-    checkpoint_step,
     list_checkpoints,
     load_weights,
 )
@@ -129,16 +128,8 @@ def find_checkpoint(folder: Path, step: int | None) -> tuple[Path, Path | None]:
     if chosen is not None:
         if step is not None:
             raise UserError(f"--step: found {step}, but CHECKPOINT names {chosen.name} already")
-        return run, chosen
-    checkpoints = list_checkpoints(RunFolder(run).checkpoints)
-    if not checkpoints:
-        raise UserError(f"CHECKPOINT: {RunFolder(run).checkpoints} holds no step-NNNNNN")
-    if step is None:
-        return run, checkpoints[-1]
-    named = {checkpoint_step(path): path for path in checkpoints}
-    if step not in named:
-        raise UserError(f"--step: found {step}, allowed: {', '.join(map(str, sorted(named)))}")
-    return run, named[step]
+        return run, undamaged(chosen, named="CHECKPOINT")
+    return run, choose_checkpoint(run, step, named="CHECKPOINT")
 
 
 def open_source(folder: Path, checkpoint: Path | None, device: torch.device) -> ModelSource:

@@ -20,7 +20,8 @@ from launch.config import (
 )
 from launch.errors import UserError
 from launch.model_checks import lora_settings, model_problems, ttt_section
-from launch.run_folder import adopt_saved, checkpoint_problems, run_dir_problems
+from launch.run_checkpoints import resume_problems
+from launch.run_folder import adopt_saved, run_dir_problems
 from launch.unbuilt import refuse_unbuilt
 from ttt_dist.data.encode import mimi_config_problems
 from ttt_dist.data.manifest import DataError, read_sources
@@ -115,7 +116,7 @@ def _layout_problems(config: TrainConfig, layout: dict[str, int]) -> list[str]:
     """What doesn't fit the ranks: the step's size, and the checkpoint of a resumed run."""
     problems = []
     if config.resume and not run_dir_problems(config):
-        problems += checkpoint_problems(config)
+        problems += resume_problems(config)
         config = adopt_saved(config)
     dp = layout["dp_replicate"] * layout["dp_shard"]
     return problems + _collect(partial(resolve_global_batch_size, config, dp))

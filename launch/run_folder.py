@@ -17,9 +17,6 @@ import torch
 
 from launch.config import REPO_ROOT, TIME, TrainConfig, dump_yaml, load_config, utc_timestamp
 from launch.errors import UserError
-from parallel.checkpoint import list_checkpoints, read_progress
-from parallel.checkpoint_manifest import structure_problems
-from parallel.checkpoint_metadata import CheckpointError
 
 State = Literal["running", "finished", "preempted", "failed"]
 PACKAGES = ("torch", "moshi", "torchtitan", "safetensors", "numpy", "sphn", "sentencepiece")
@@ -140,40 +137,6 @@ def run_dir_problems(config: TrainConfig) -> list[str]:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [f"run_dir: {path} can't be written, since {nearest} is read-only for you"]
     return []
-
-
-def checkpoint_problems(config: TrainConfig) -> list[str]:
-    """Why the run in `config.run_dir` can't be resumed, as far as names and sizes of files tell."""
-    folder = RunFolder(Path(config.run_dir)).checkpoints
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        return [
-            f"resume: {folder} holds no checkpoint (step-NNNNNN); start a new run in another "
-            "run_dir, without resume"
-        ]
-    damaged = []
-    for path in reversed(checkpoints):
-        problems = structure_problems(path)
-        if not problems:
-            return _nothing_left(config, path)
-        damaged.append(f"{path.name}: {'; '.join(problems)}")
-    return [
-        f"resume: none of the checkpoints in {folder} is whole ({' | '.join(damaged)}); nothing "
-        "starts anew over them: restore one, or start a new run in another run_dir"
-    ]
-
-
-def _nothing_left(config: TrainConfig, newest: Path) -> list[str]:
-    try:
-        saved = read_progress(newest)
-    except CheckpointError as error:
-        return [f"resume: {error}"]
-    if saved.step < config.max_steps:
-        return []
-    return [
-        f"resume: {newest} has done {saved.step} steps and max_steps is {config.max_steps}, so "
-        "nothing is left to do; raise max_steps to train on"
-    ]
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,12 @@ def structure_problems(folder: Path) -> list[str]:
     return problems
 
 
-def content_problems(folder: Path) -> list[str]:
-    """Why a checkpoint isn't good; every file is read. All ranks call it together, each reads some.
+def content_problems(folder: Path, *, alone: bool = False) -> list[str]:
+    """Why a checkpoint isn't good, for which every file is read; empty: it is.
 
-    One process without a process group reads all. Empty: the checkpoint is good.
+    Args:
+        alone: this process reads all; otherwise all ranks call it together, and each reads some.
     """
-    alone = not dist.is_initialized()
     rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     problems = structure_problems(folder)
     if not problems:

@@ -60,6 +60,10 @@ def init_process_group(timeout: timedelta) -> None:
     if "RANK" not in os.environ:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if device.type == "cuda":
+        # NCCL's flight recorder: what the last collectives of each rank were, written to a file
+        # where one of them doesn't end.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         torch.cuda.set_device(device)
         dist.init_process_group("cuda:nccl,cpu:gloo", device_id=device, **settings)
     else:

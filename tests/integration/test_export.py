@@ -249,7 +249,7 @@ def test_mistakes_are_told_in_one_message(trained, exported, tmp_path, capsys):
     expected = {
         (str(tmp_path / "nowhere"),): "nowhere is no folder, so no run began there",
         (str(tmp_path),): "holds no config.yaml",
-        (run, "--step", "7", "--out", out): f"--step: found 7, but {run}/checkpoints has steps 2;",
+        (run, "--step", "7", "--out", out): "--step: found 7, allowed: 2, which ",
         (run, "--out", str(exported["base"])): "base exists; nothing is ever overwritten",
         (run, "--merge-lora"): f"--merge-lora: {run} has no adapters",
         (run, "--adapters-only"): f"--adapters-only: {run} has no adapters",
@@ -266,12 +266,15 @@ def without_checkpoints(run: Path) -> None:
 
 DAMAGES = {
     "no checkpoint": (without_checkpoints, "holds no checkpoint (step-NNNNNN)"),
-    "no progress": (lambda run: next(run.rglob("progress.json")).unlink(), "as a checkpoint's pro"),
-    "no metadata": (lambda run: next(run.rglob(".metadata")).unlink(), ".metadata: cannot be read"),
+    "no progress": (
+        lambda run: next(run.rglob("progress.json")).unlink(),
+        "progress.json is missing",
+    ),
+    "no metadata": (lambda run: next(run.rglob(".metadata")).unlink(), ".metadata is missing"),
     "a file less": (lambda run: next(run.rglob("*.distcp")).unlink(), ".distcp is missing"),
     "a torn file": (
         lambda run: (p := next(run.rglob("*.distcp"))).write_bytes(p.read_bytes()[:-9]),
-        "bytes, its tensors end at",
+        "is damaged: __0_0.distcp has ",
     ),
     "other TTT layers": (
         lambda run: (p := run / "config.yaml").write_text(p.read_text().replace("1,2", "1,3")),

@@ -19,6 +19,7 @@ from launch.generate import main
 from launch.generate_audio import MoshiAudio, MoshiText, UserAudio
 from launch.inference import load_model, load_talker, open_source
 from launch.release_settings import read_ttt_section
+from parallel.checkpoint_manifest import write_manifest
 from tests.ranks import REPO
 from tests.unit.release_cases import LAYERS, WINDOWS, write_ttt_release
 from tests.wav import write_wav
@@ -130,7 +131,9 @@ def told(capsys, arguments: list[str]) -> list[str]:
 def run(tmp_path) -> Path:
     """A run folder without usable checkpoints."""
     folder = tmp_path / "run"
-    (folder / "checkpoints" / "step-000004").mkdir(parents=True)
+    checkpoint = folder / "checkpoints" / "step-000004"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, {})
     config = (REPO / "configs" / "demo.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("${repo}/.cache/demo-base", str(tmp_path)))
     return folder
@@ -162,7 +165,7 @@ def test_mistakes_are_told_together(capsys, tmp_path, run):
     [
         ("nowhere", TEA, ["CHECKPOINT", "nowhere is no folder"]),
         (".", TEA, ["CHECKPOINT", "holds no config.yaml and no config.json"]),
-        ("empty", TEA, ["CHECKPOINT", "holds no step-NNNNNN"]),
+        ("empty", TEA, ["CHECKPOINT", "holds no checkpoint (step-NNNNNN)"]),
         ("run", REPO / "README.md", ["--audio", "README.md", "cannot be read as audio"]),
         ("run", "silence.wav", ["--audio", "silence.wav", "holds no audio"]),
         ("run", "missing.wav", ["--audio", "missing.wav", "cannot be read as audio"]),

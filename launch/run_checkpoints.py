@@ -1,0 +1,80 @@
+"""A run's checkpoints, as a person names them: by the run's folder, perhaps with a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.config import TrainConfig
+from launch.errors import UserError
+from launch.run_folder import RunFolder
+from parallel.checkpoint import checkpoint_step, list_checkpoints, read_progress
+from parallel.checkpoint_manifest import content_problems, structure_problems
+from parallel.checkpoint_metadata import CheckpointError
+
+
+def choose_checkpoint(run: Path, step: int | None, *, named: str) -> Path:
+    """The checkpoint after `step`, or the newest. All its files are read: they are as saved.
+
+    Args:
+        run: the run's folder.
+        named: what the command calls it, for messages.
+
+    Raises:
+        UserError: there is none, or none of this step, or it is damaged.
+    """
+    folder = RunFolder(run).checkpoints
+    found = {checkpoint_step(path): path for path in list_checkpoints(folder)}
+    if not found:
+        raise UserError(
+            f"{named}: {folder} holds no checkpoint (step-NNNNNN); train with do_ckpt=true"
+        )
+    if step is not None and step not in found:
+        raise UserError(
+            f"--step: found {step}, allowed: {', '.join(map(str, found))}, which {folder} has; "
+            "leave it out for the newest"
+        )
+    return undamaged(found[max(found) if step is None else step], named=named)
+
+
+def undamaged(checkpoint: Path, *, named: str) -> Path:
+    """The checkpoint itself; raises UserError where a file isn't what was saved."""
+    problems = content_problems(checkpoint, alone=True)
+    if problems:
+        raise UserError(
+            f"{named}: {checkpoint} is damaged: {'; '.join(problems)}; name another one"
+        )
+    return checkpoint
+
+
+def resume_problems(config: TrainConfig) -> list[str]:
+    """Why the run in `config.run_dir` can't be resumed, as far as names and sizes of files tell."""
+    folder = RunFolder(Path(config.run_dir)).checkpoints
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return [
+            f"resume: {folder} holds no checkpoint (step-NNNNNN); start a new run in another "
+            "run_dir, without resume"
+        ]
+    damaged = []
+    for path in reversed(checkpoints):
+        problems = structure_problems(path)
+        if not problems:
+            return _nothing_left(config, path)
+        damaged.append(f"{path.name}: {'; '.join(problems)}")
+    return [
+        f"resume: none of the checkpoints in {folder} is whole ({' | '.join(damaged)}); nothing "
+        "starts anew over them: restore one, or start a new run in another run_dir"
+    ]
+
+
+def _nothing_left(config: TrainConfig, newest: Path) -> list[str]:
+    try:
+        saved = read_progress(newest)
+    except CheckpointError as error:
+        return [f"resume: {error}"]
+    if saved.step < config.max_steps:
+        return []
+    return [
+        f"resume: {newest} has done {saved.step} steps and max_steps is {config.max_steps}, so "
+        "nothing is left to do; raise max_steps to train on"
+    ]
