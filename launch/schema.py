@@ -68,6 +68,9 @@ class DataConfig(Section):
     """batches prepared ahead of the step that takes them"""
     max_inline_encode_sec: NonNegativeFloat = 3600.0
     """seconds of audio that train.py may encode by itself; more asks for launch/prepare.py"""
+    max_bad_samples: CountInt = 0
+    """pieces that a run, over all its ranks and starts, may leave out because their codes can't be
+    read any more; at one more it stops"""
 
 
 class MoshiPathsConfig(Section):

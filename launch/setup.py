@@ -23,9 +23,10 @@ from parallel.checkpoint_metadata import CheckpointError
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from ttt_dist.data.cache import CodesSpec
+from ttt_dist.data.check import too_few_pieces
 from ttt_dist.data.dataset import PieceDataset, open_pieces
 from ttt_dist.data.encode import load_codec
-from ttt_dist.data.manifest import Recording, all_recordings
+from ttt_dist.data.manifest import DataError, Recording, all_recordings
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import (
     TTTPlacement,
@@ -80,13 +81,24 @@ def open_data(
             lambda: load_codec(release, cache.spec, device),
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            wait=dist.barrier,
+            agree=_problems_of_all_ranks,
             max_encode_sec=config.data.max_inline_encode_sec,
             progress=encoded,
         )
+    # With one piece for two ranks a step would hold it twice.
+    data_ranks = dist.get_world_size() // config.parallel.tp
+    few = too_few_pieces(len(pieces["train"]), data_ranks, config.duration_sec, "data.train_data")
+    if few:
+        raise DataError(few)
     for name, dataset in pieces.items():
         say(f"{name} data: {len(dataset)} pieces of {dataset.frames} frames, codes: {cache.folder}")
     return pieces
+
+
+def _problems_of_all_ranks(problems: list[str]) -> list[str]:
+    gathered = [problems] * dist.get_world_size()
+    dist.all_gather_object(gathered, problems)
+    return [problem for each in gathered for problem in each]
 
 
 def make_model(

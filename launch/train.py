@@ -39,13 +39,14 @@ from launch.plots import plot_losses
 from launch.preflight import Start, check_start, run_warnings
 from launch.profiling import open_profiler
 from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
+from launch.sample_guard import SampleGuard
 from launch.setup import make_model, open_data, resume, say
 from launch.step import accumulate_gradients, evaluate
 from launch.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
 from launch.stop_signals import StopSignals
 from launch.wandb_log import start_wandb
 from launch.watchdog import Watchdog
-from parallel.checkpoint import Progress
+from parallel.checkpoint import Progress, list_checkpoints
 from parallel.checkpoint_metadata import CheckpointError
 from parallel.checkpoint_saver import CheckpointSaver, Keep, SaveError
 from parallel.device import device_type, local_device
@@ -59,6 +60,7 @@ from parallel.mesh import (
 )
 from parallel.reduce import clip_gradients, highest_over_ranks
 from ttt_dist.data.batches import StepBatches, eval_batches
+from ttt_dist.data.cache import BrokenPieceError
 from ttt_dist.data.dataset import GlobalOrder
 from ttt_dist.data.manifest import DataError
 from ttt_dist.moshi.build import without_ttt
@@ -131,6 +133,7 @@ def train(start: Start) -> None:
             status.step, counters = saved.step, saved.counters
         first_step = status.step
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
+        sample_guard = SampleGuard(config.data.max_bad_samples, counters)
 
         logger = None
         if rank == 0:
@@ -173,7 +176,7 @@ def train(start: Start) -> None:
                 global_batch_size=global_batch_size,
                 scheduler_steps=int(schedule.state_dict()["last_epoch"]),
                 layout=mesh.shape,
-                counters=guard.counters,
+                counters=guard.counters | sample_guard.counters,
             )
             saver.save(model, optimizers, schedule, progress)
 
@@ -204,7 +207,22 @@ def train(start: Start) -> None:
                 run_evaluation(0)
             for step in range(first_step + 1, config.max_steps + 1):
                 watchdog.beat(f"step {step}")
-                microbatches = [codes.to(device) for codes in next(batches)]
+                batch = next(batches)
+                left_out = sample_guard.leave_out(batch, train_pieces)
+                if sample_guard.must_stop:
+                    # Nothing of this step is done; what was, is saved, unless it is already.
+                    is_new = step - 1 > first_step and not is_due(step - 1, config.ckpt_freq)
+                    if config.do_ckpt and is_new:
+                        save(step - 1)
+                    saver.finish()
+                    newest = next(reversed(list_checkpoints(folder.checkpoints)), None)
+                    raise UserError(
+                        sample_guard.why_it_stops(step, left_out, newest), title="The run stopped"
+                    )
+                if logger is not None:
+                    for line in left_out:
+                        logger.say(f"warning: step {step}: a piece is left out: {line}")
+                microbatches = [codes.to(device) for codes in batch.codes]
                 loss = accumulate_gradients(
                     model,
                     microbatches,
@@ -223,7 +241,7 @@ def train(start: Start) -> None:
                 lr = max(group["lr"] for group in optimizers.optimizers[0].param_groups)
                 if bad:
                     guard.skip()
-                    bad_step = describe_bad_step(step, problem, loss, batches.samples, train_pieces)
+                    bad_step = describe_bad_step(step, problem, loss, batch.samples, train_pieces)
                     if logger is not None:
                         logger.log_bad_step(bad_step)
                 else:
@@ -244,7 +262,10 @@ def train(start: Start) -> None:
                             grad_norm=grad_norm,
                             lr=lr,
                             peak_memory_gib=peak_memory_gib(device),
-                            extra={"skipped_steps": guard.skipped},
+                            extra={
+                                "skipped_steps": guard.skipped,
+                                "skipped_samples": sample_guard.skipped,
+                            },
                         )
                 ends = bool(stop) or guard.must_stop
                 with logger.pause() if logger is not None else nullcontext():
@@ -294,6 +315,8 @@ def main(arguments: list[str]) -> None:
         exit_with(error)
     except SaveError as error:
         exit_with(UserError(str(error), title="The run stopped"))
+    except BrokenPieceError as error:
+        exit_with(UserError(error.problems, title="The run stopped"))
     except DataError as error:
         exit_with(UserError(error.problems))
     except (ReleaseError, CheckpointError, DemoBaseError) as error:

@@ -67,6 +67,16 @@ def no_numbers(steps: int) -> None:
     TTTMoshi.token_losses = wrapped
 
 
+def damage_codes() -> None:
+    """Flip the bits of one byte; which, the test says as FILE:OFFSET."""
+    path, _, offset = os.environ["DAMAGED_BYTE"].rpartition(":")
+    with Path(path).open("r+b") as file:
+        file.seek(int(offset))
+        (byte,) = file.read(1)
+        file.seek(int(offset))
+        file.write(bytes([byte ^ 255]))
+
+
 def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
 
@@ -85,6 +95,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "full disk": lambda: in_step(fill_disk),
     "one bad step": lambda: no_numbers(1),
     "bad steps": lambda: no_numbers(2),
+    "damaged codes": lambda: in_step(damage_codes),
 }
 
 

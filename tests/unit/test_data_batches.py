@@ -8,6 +8,7 @@ import torch
 
 from tests.unit.data_cases import SPEC, cache_in, open_sources, write_dataset
 from ttt_dist.data.batches import StepBatches, eval_batches
+from ttt_dist.data.cache import BrokenPieceError
 from ttt_dist.data.dataset import GlobalOrder, PieceDataset
 from ttt_dist.data.manifest import DataError
 
@@ -36,7 +37,7 @@ def batches(dataset, **changes):
 
 def take(steps, count):
     with steps:
-        return [next(steps) for _ in range(count)]
+        return [next(steps).codes for _ in range(count)]
 
 
 def numbers_of(step):
@@ -161,24 +162,64 @@ def test_indivisible_batches_name_what_is_allowed(dataset):
         batches(dataset, start_step=-1)
 
 
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_what_goes_wrong_in_the_thread_is_raised_at_its_step(dataset, monkeypatch, prefetch):
+@pytest.fixture
+def broken(dataset, monkeypatch):
+    """One sample of the third step can't be read; returned with what is raised for it."""
     original = PieceDataset.__getitem__
     broken = order()[2 * 8 + 3]
     # 23 samples an epoch: that sample isn't met in the first two steps.
     assert broken not in [order()[n] for n in range(16)]
+    told = {broken: BrokenPieceError([f"piece {broken} is damaged"])}
 
     def fail(self, index):
-        if index == broken:
-            raise DataError([f"piece {index} is damaged"])
+        if index in told:
+            raise told[index]
         return original(self, index)
 
     monkeypatch.setattr(PieceDataset, "__getitem__", fail)
+    return told
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_what_goes_wrong_in_the_thread_is_raised_at_its_step(dataset, broken, prefetch):
+    (index,) = broken
+    broken[index] = DataError(["no disk"])
     with batches(dataset, prefetch=prefetch) as steps:
         next(steps)
         next(steps)
-        with pytest.raises(DataError, match=f"piece {broken} is damaged"):
+        with pytest.raises(DataError, match="no disk"):
             next(steps)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_broken_piece_is_empty_and_named_and_all_others_keep_their_places(
+    dataset, broken, batch_size
+):
+    (index,) = broken
+    with batches(dataset, batch_size=batch_size) as steps:
+        taken = [next(steps) for _ in range(3)]
+    assert [step.broken for step in taken] == [{}, {}, {index: f"piece {index} is damaged"}]
+    samples = [number for step in taken for each in step.samples for number in each]
+    expected = [order()[position] for position in range(24)]
+    assert samples == expected
+    pieces = torch.cat([codes for step in taken for codes in step.codes])
+    for number, piece in zip(expected, pieces, strict=True):
+        assert (piece == (-1 if number == index else number)).all()
+
+
+def test_what_another_rank_could_not_read_is_left_out_too(dataset):
+    with batches(dataset, batch_size=2) as steps:
+        step = next(steps)
+    chosen = step.samples[1][1]
+    step.leave_out({chosen, 99})
+    for samples, codes in zip(step.samples, step.codes, strict=True):
+        for number, piece in zip(samples, codes, strict=True):
+            assert (piece == (-1 if number == chosen else number)).all()
+
+
+def test_a_broken_piece_ends_an_evaluation(dataset, broken):
+    with pytest.raises(BrokenPieceError):
+        list(eval_batches(dataset, batch_size=2, dp_rank=0, dp_size=1))
 
 
 def test_closing_ends_the_thread(dataset):

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -121,7 +120,7 @@ def test_opening_pieces_on_two_ranks(tmp_path):
             small_codec,
             rank=rank,
             world_size=2,
-            wait=lambda: barrier.wait(30),
+            agree=lambda problems: (barrier.wait(30), problems)[1],
             max_encode_sec=100.0,
         )
 
@@ -148,7 +147,7 @@ def test_opening_pieces_on_two_ranks(tmp_path):
 def test_long_encoding_is_left_to_prepare(tmp_path):
     train = open_sources(write_dataset(tmp_path / "data", [3.0]))
     waited = []
-    arguments = {"rank": 0, "world_size": 1, "wait": lambda: waited.append(time.time())}
+    arguments = {"rank": 0, "world_size": 1, "agree": lambda told: (waited.append(told), told)[1]}
     with pytest.raises(DataError, match=r"lacks the codes of 3 s .*prepare\.py"):
         open_pieces(
             {"train": train},

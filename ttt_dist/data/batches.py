@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
+from ttt_dist.data.cache import BrokenPieceError
 from ttt_dist.data.dataset import GlobalOrder, PieceDataset
 
-# Samples of every microbatch, and their codes.
-Step = tuple[list[list[int]], list[torch.Tensor]]
+
+@dataclass(frozen=True)
+class Step:
+    """A rank's share of a step.
+
+    Attributes:
+        samples: of each microbatch, as the dataset numbers them.
+        codes: of each microbatch, int64 `[batch_size, R, T]` on the CPU.
+        broken: samples that couldn't be read, and why; their codes are -1.
+    """
+
+    samples: list[list[int]]
+    codes: list[torch.Tensor]
+    broken: dict[int, str]
+
+    def leave_out(self, broken: Iterable[int]) -> None:
+        """Set the codes of these samples to -1, which carries no loss, wherever they stand here."""
+        found = set(broken)
+        for samples, codes in zip(self.samples, self.codes, strict=True):
+            for place, index in enumerate(samples):
+                if index in found:
+                    codes[place] = -1
 
 
 class StepBatches:
@@ -21,12 +43,9 @@ class StepBatches:
     r is the r-th of `dp_size` consecutive batches inside the m-th part of the step. A run resumes
     by `start_step` alone. Ranks of one tp group pass the same `dp_rank` and get the same batches.
 
-    Iterating yields lists of G / (dp_size · batch_size) tensors, int64 `[batch_size, R, T]` on the
-    CPU. Use it as a context manager, or call `close()`: it owns a thread. What goes wrong in that
-    thread is raised at the step that it belongs to.
-
-    Attributes:
-        samples: of each microbatch of the step last yielded, as the dataset numbers them.
+    Iterating yields steps of G / (dp_size · batch_size) microbatches. Use it as a context manager,
+    or call `close()`: it owns a thread. A piece that can't be read is given as -1 throughout, and
+    named; anything else that goes wrong in that thread is raised at the step that it belongs to.
 
     Args:
         dataset, order: the samples and their order; the order covers the dataset.
@@ -71,7 +90,6 @@ class StepBatches:
         self._offsets = range(dp_rank * batch_size, global_batch_size, together)
         self._next_step = start_step
         self._prefetch = prefetch
-        self.samples: list[list[int]] = []
         self._ahead: deque[Future[Step]] = deque()
         # One worker, so steps are read in order and the order's caches have one user at a time.
         self._worker: ThreadPoolExecutor | None = None
@@ -80,19 +98,18 @@ class StepBatches:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="step-batches")
             self._fill()
 
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+    def __iter__(self) -> Iterator[Step]:
         return self
 
-    def __next__(self) -> list[torch.Tensor]:
+    def __next__(self) -> Step:
         if self._closed:
             raise ValueError("these batches are closed; build new ones with start_step")
         if self._worker is None:
             self._next_step += 1
-            self.samples, codes = self._read(self._next_step - 1)
-            return codes
-        self.samples, codes = self._ahead.popleft().result()
+            return self._read(self._next_step - 1)
+        step = self._ahead.popleft().result()
         self._fill()
-        return codes
+        return step
 
     def close(self) -> None:
         """End the thread after the step that it is reading; may be called more than once."""
@@ -113,8 +130,16 @@ class StepBatches:
             [self._order[first + offset + place] for place in range(self._batch_size)]
             for offset in self._offsets
         ]
-        codes = [torch.stack([self._dataset[index] for index in each]) for each in samples]
-        return samples, codes
+        broken: dict[int, str] = {}
+        codes = [torch.stack([self._piece(index, broken) for index in each]) for each in samples]
+        return Step(samples, codes, broken)
+
+    def _piece(self, index: int, broken: dict[int, str]) -> torch.Tensor:
+        try:
+            return self._dataset[index]
+        except BrokenPieceError as error:
+            broken[index] = str(error)
+            return _empty_piece(self._dataset)
 
     def __enter__(self) -> StepBatches:
         return self
@@ -135,7 +160,8 @@ def eval_batches(
 
     Every piece is met once over all ranks, and all ranks get the same number of batches, as FSDP's
     collectives demand; what is left over is filled with pieces of -1 throughout: they carry no
-    loss.
+    loss. A piece that can't be read ends it (BrokenPieceError): without it, the losses couldn't be
+    compared with earlier ones.
 
     Args:
         limit: take that many pieces, spread evenly over the dataset; None: all.
@@ -146,11 +172,15 @@ def eval_batches(
     size = len(dataset)
     total = size if limit is None else min(size, limit)
     chosen = [place * size // total for place in range(total)]
-    empty = torch.full((dataset.rows, dataset.frames), -1, dtype=torch.int64)
+    empty = _empty_piece(dataset)
     together = batch_size * dp_size
     for start in range(dp_rank * batch_size, -(-total // together) * together, together):
         places = range(start, start + batch_size)
         yield torch.stack([dataset[chosen[place]] if place < total else empty for place in places])
+
+
+def _empty_piece(dataset: PieceDataset) -> torch.Tensor:
+    return torch.full((dataset.rows, dataset.frames), -1, dtype=torch.int64)
 
 
 def _check_layout(batch_size: int, dp_rank: int, dp_size: int) -> None:

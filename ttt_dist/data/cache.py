@@ -103,6 +103,10 @@ class CodesSpec:
         return _hash_bytes(json.dumps(parts).encode())
 
 
+class BrokenPieceError(DataError):
+    """Codes that were there when they were looked up can't be read any more."""
+
+
 @dataclass(frozen=True)
 class CachedCodes:
     """Where the codes of one recording lie: a file, the offset of `codes` in it, and N."""
@@ -118,14 +122,18 @@ class CachedCodes:
         return len(self.checksums)
 
     def read(self, piece: int) -> torch.Tensor:
-        """Codes of one piece, int32 `[R, T]`; raises DataError where the bytes have changed."""
+        """Codes of one piece, int32 `[R, T]`.
+
+        Raises:
+            BrokenPieceError: the file is gone, unreadable, or not what was written.
+        """
         count = self.rows * self.frames
         try:
             values = np.fromfile(self.path, "<i4", count, offset=self.offset + 4 * count * piece)
         except OSError as error:
-            raise DataError([f"{self.path}: cannot be read: {error}"]) from error
+            raise BrokenPieceError([f"{self.path}: cannot be read: {error}"]) from error
         if values.size != count or zlib.crc32(values.tobytes()) != self.checksums[piece]:
-            raise DataError(
+            raise BrokenPieceError(
                 [f"{self.path}: piece {piece} is damaged; start again, and it is encoded anew"]
             )
         return torch.from_numpy(values.astype(np.int32, copy=False)).view(self.rows, self.frames)

@@ -62,7 +62,7 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Codes of piece `index`, int64 `[R, T]`; raises DataError where its file is damaged."""
+        """Codes of piece `index`, int64 `[R, T]`; BrokenPieceError where it can't be read."""
         place, piece = self._locate(index)
         codes = self._codes[place]
         assert codes is not None
@@ -190,7 +190,7 @@ def open_pieces(
     *,
     rank: int,
     world_size: int,
-    wait: Callable[[], None],
+    agree: Callable[[list[str]], list[str]],
     max_encode_sec: float,
     progress: Callable[[Recording, bool], None] | None = None,
 ) -> dict[str, PieceDataset]:
@@ -201,7 +201,7 @@ def open_pieces(
         cache: of the run's `CodesSpec`; the same folder on all ranks.
         codec: loads Mimi and the tokenizer; called only on ranks that have something to encode.
         rank, world_size: of the whole job (tp ranks encode too).
-        wait: returns once every rank has called it (a barrier of the caller's process group).
+        agree: returns, once every rank has called it, the problems of all of them.
         max_encode_sec: refuse to encode more seconds of audio than this here, because ranks that
             wait in a collective for hours die of its timeout.
         progress: see `encode_missing`.
@@ -219,6 +219,14 @@ def open_pieces(
                 "itself; run `launch/prepare.py CONFIG` first, under torchrun to split it"
             ]
         )
-    encode_missing(recordings, cache, codec, rank=rank, world_size=world_size, progress=progress)
-    wait()
+    problems: list[str] = []
+    try:
+        encode_missing(
+            recordings, cache, codec, rank=rank, world_size=world_size, progress=progress
+        )
+    except DataError as error:
+        problems = list(error.problems)
+    problems = agree(problems)
+    if problems:
+        raise DataError(problems)
     return {name: PieceDataset(sources, cache) for name, sources in splits.items()}

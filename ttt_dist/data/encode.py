@@ -186,9 +186,11 @@ def encode_missing(
                 recording.alignments_path.read_bytes(), recording.alignments_path
             )
         except DataError as error:
-            problems += error.problems
+            problems += [f"{recording.where}: {problem}" for problem in error.problems]
         except OSError as error:
-            problems.append(f"{recording.alignments_path}: cannot be read: {error}")
+            problems.append(
+                f"{recording.where}: {recording.alignments_path} cannot be read: {error}"
+            )
     if problems:
         raise DataError(problems)
 
@@ -199,7 +201,7 @@ def encode_missing(
         try:
             codes = encode_recording(recording, aligned, loaded, cache.spec)
         except DataError as error:
-            problems += error.problems
+            problems += [f"{recording.where}: {problem}" for problem in error.problems]
             continue
         cache.write(keys[index], codes)
         pieces += codes.shape[0]
@@ -252,5 +254,5 @@ def encode_recording(
     if batch:
         flush()
     if not encoded:
-        raise DataError([f"{recording.where}: {recording.path} holds no audio"])
+        raise DataError([f"{recording.path} holds no audio"])
     return torch.cat(encoded)

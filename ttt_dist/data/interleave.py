@@ -60,7 +60,12 @@ def num_frames(duration_sec: float) -> int:
 
 
 def parse_alignments(content: bytes, path: Path) -> list[Word]:
-    """The words of an alignment file, sorted by start; `path` only names it in messages.
+    """`read_words`, sorted by start."""
+    return sorted(read_words(content, path), key=attrgetter("start"))
+
+
+def read_words(content: bytes, path: Path) -> list[Word]:
+    """The words of an alignment file in its own order; `path` only names it in messages.
 
     Raises:
         DataError: no JSON, no list `alignments`, entries of another form (the first five are
@@ -90,7 +95,7 @@ def parse_alignments(content: bytes, path: Path) -> list[Word]:
             )
     if problems:
         raise DataError(problems)
-    return sorted(words, key=attrgetter("start"))
+    return words
 
 
 def _parse_word(entry: object) -> Word | None:

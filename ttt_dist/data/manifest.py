@@ -2,13 +2,15 @@
 
 A specification is one `.jsonl`, a folder of them, or several of these as `path:weight,path:weight`.
 A manifest has one JSON object a line, `{"path": "a.wav", "duration": 24.52}`; `path` is relative to
-the manifest, and `a.json` beside the audio holds the word alignments.
+the manifest and stays in its folder (no `..` leads out), or is absolute. `a.json` beside the audio
+holds the word alignments.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import sphn
 DURATION_TOLERANCE_SEC = 1.0
 DURATION_TOLERANCE_SHARE = 0.01
 # Headers lie on network disks more often than not: latency, not work, is what threads hide.
-_CHECK_THREADS = 8
+CHECK_THREADS = 8
 # A manifest of the wrong kind fails on every line; the first ones tell all there is to tell.
 _MAX_PROBLEMS_A_MANIFEST = 20
 
@@ -68,13 +70,27 @@ def read_sources(spec: str, *, field: str, check_files: bool = True) -> tuple[So
     """Read a specification and every manifest it names.
 
     Args:
-        spec: as in the module's docstring; relative paths start from the working folder.
-        field: the configuration key it comes from, named in messages (`data.train_data`).
+        spec, field: as for `scan_sources`.
         check_files: look at every audio header, and for every alignment file, too. One rank is
             enough.
 
     Raises:
         DataError: with every problem of every manifest and file, not only the first.
+    """
+    sources, problems = scan_sources(spec, field=field)
+    if check_files:
+        problems += check_recordings(all_recordings(sources))
+    if problems:
+        raise DataError(problems)
+    return sources
+
+
+def scan_sources(spec: str, *, field: str) -> tuple[tuple[Source, ...], list[str]]:
+    """What can be read of a specification and its manifests, and all that is wrong with them.
+
+    Args:
+        spec: as in the module's docstring; relative paths start from the working folder.
+        field: the configuration key it comes from, named in messages (`data.train_data`).
     """
     problems: list[str] = []
     sources: list[Source] = []
@@ -98,11 +114,7 @@ def read_sources(spec: str, *, field: str, check_files: bool = True) -> tuple[So
         for manifest in _manifests(path, field, problems):
             recordings += _read_manifest(manifest, problems)
         sources.append(Source(path, weight, tuple(recordings)))
-    if check_files:
-        problems += check_recordings(all_recordings(sources))
-    if problems:
-        raise DataError(problems)
-    return tuple(sources)
+    return tuple(sources), problems
 
 
 def all_recordings(sources: Iterable[Source]) -> list[Recording]:
@@ -112,8 +124,8 @@ def all_recordings(sources: Iterable[Source]) -> list[Recording]:
 
 def check_recordings(recordings: Sequence[Recording]) -> list[str]:
     """What is wrong with the files behind `recordings`; reads audio headers, no samples."""
-    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-        return [problem for problem in pool.map(_check_recording, recordings) if problem]
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        return [problem for found in pool.map(check_recording, recordings) for problem in found]
 
 
 def _parse_item(item: str, field: str) -> tuple[Path, float, str | None]:
@@ -202,36 +214,72 @@ def _parse_line(text: str, manifest: Path, number: int) -> Recording | str:
         or duration <= 0
     ):
         return f"{where}: duration: found {duration!r}, allowed are seconds above 0 ({name})"
+    if not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        return (
+            f"{where}: path: found {name!r}, which leads out of the manifest's folder "
+            f"{manifest.parent}; allowed are paths below it, and absolute ones"
+        )
     path = (manifest.parent / name).absolute()
     return Recording(path, float(duration), path.with_suffix(".json"), manifest, number)
 
 
-def _check_recording(recording: Recording) -> str | None:
-    where, path = recording.where, recording.path
-    if not path.is_file():
-        return f"{where}: there is no audio file {path}"
-    if not recording.alignments_path.is_file():
-        return (
-            f"{where}: there is no alignment file {recording.alignments_path} beside the audio; it "
-            'must hold {"alignments": [[word, [start, end], speaker], ...]}'
-        )
+@dataclass(frozen=True)
+class AudioHeader:
+    """What an audio file says of itself."""
+
+    channels: int
+    sample_rate: int  # Hz
+    seconds: float
+
+
+def read_header(path: Path) -> AudioHeader:
+    """The header of an audio file; reads no samples.
+
+    Raises:
+        DataError: the file can't be opened, or is no audio.
+    """
     try:
         reader = sphn.FileReader(str(path))
-        channels, seconds = reader.channels, reader.duration_sec
+        return AudioHeader(reader.channels, int(reader.sample_rate), float(reader.duration_sec))
     except (ValueError, OSError, RuntimeError) as error:
-        return (
-            f"{where}: the audio header of {path} is unreadable ({error}); "
-            "use wav, flac, mp3 or ogg vorbis"
+        raise DataError(
+            [
+                f"the audio header of {path} is unreadable ({error}); "
+                "use wav, flac, mp3 or ogg vorbis"
+            ]
+        ) from error
+
+
+def check_recording(recording: Recording) -> list[str]:
+    """What is wrong with the files of a recording, as far as the audio's header tells."""
+    if not recording.path.is_file():
+        # Its name is what is wrong, and the other file's follows from it.
+        return [f"{recording.where}: there is no audio file {recording.path}"]
+    problems = _check_audio(recording)
+    if not recording.alignments_path.is_file():
+        problems.append(
+            f"there is no alignment file {recording.alignments_path} beside the audio; it "
+            'must hold {"alignments": [[word, [start, end], speaker], ...]}'
         )
-    if channels != 2:
-        return (
-            f"{where}: {path} has {channels} channel{'' if channels == 1 else 's'}, allowed is "
-            "stereo: left Moshi, right the user"
+    return [f"{recording.where}: {problem}" for problem in problems]
+
+
+def _check_audio(recording: Recording) -> list[str]:
+    path = recording.path
+    try:
+        header = read_header(path)
+    except DataError as error:
+        return list(error.problems)
+    problems = []
+    if header.channels != 2:
+        problems.append(
+            f"{path} has {header.channels} channel{'' if header.channels == 1 else 's'}, allowed "
+            "is stereo: left Moshi, right the user"
         )
     tolerance = max(DURATION_TOLERANCE_SEC, DURATION_TOLERANCE_SHARE * recording.duration)
-    if abs(seconds - recording.duration) > tolerance:
-        return (
-            f"{where}: duration: found {recording.duration:g} s, but {path} lasts {seconds:.2f} s; "
+    if abs(header.seconds - recording.duration) > tolerance:
+        problems.append(
+            f"duration: found {recording.duration:g} s, but {path} lasts {header.seconds:.2f} s; "
             "write the file's duration into the manifest"
         )
-    return None
+    return problems
