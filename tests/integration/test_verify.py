@@ -1,5 +1,6 @@
 """`launch/verify.py` as a person runs it: a right layout passes, planted faults are named."""
 
+import json
 import re
 
 import pytest
@@ -9,11 +10,15 @@ from tests.ranks import REPO, run_ranks
 
 pytestmark = pytest.mark.integration
 VERIFY = REPO / "launch" / "verify.py"
-TIMEOUT = 120
+TIMEOUT = 120  # of a command line
 
-# verify.py with a fault planted into the code that it checks.
-FAULTY = """
+# Several command lines of verify.py in one job, as a third of a job's time goes into its start;
+# with faults planted into the code that it checks.
+SEVERAL = """
+import json
 import sys
+from contextlib import nullcontext
+from unittest.mock import patch
 
 sys.path.insert(0, {repo!r})
 import torch.distributed as dist
@@ -22,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from launch import step, verify
 from parallel.mesh import leave_job
 
-fault, *arguments = sys.argv[1:]
 right = verify.accumulate_gradients
 
 
@@ -36,26 +40,54 @@ def wrong(model, *rest, **settings):
     return loss
 
 
-if fault == "local weights":
-    step.sum_over_data_ranks = lambda values, group: values.detach().clone()
-else:
-    verify.accumulate_gradients = wrong
-leave_job(verify.main(arguments))
+def local(values, group):
+    return values.detach().clone()
+
+
+verify.init_process_group(verify.TIMEOUT)
+codes = []
+for fault, arguments in json.loads(sys.argv[1]).items():
+    faults = {{
+        "gradients": patch.object(verify, "accumulate_gradients", wrong),
+        "local weights": patch.object(step, "sum_over_data_ranks", local),
+    }}
+    # One process group serves them all.
+    with (
+        patch.object(verify, "init_process_group", lambda timeout: None),
+        patch.object(verify, "close_process_group", dist.barrier),
+        faults.get(fault, nullcontext()),
+    ):
+        codes.append(verify.main([*arguments, "max_steps=1"]))
+    if dist.get_rank() == 0:
+        print({end!r}, codes[-1], flush=True)
+leave_job(max(codes))
 """
 SCALED = "transformer.layers.2.ttt.layer.wk.weight"
 REPLICATED = "transformer.layers.1.ttt.layer.wo.bias"
+# Fault -> command line; one step each.
+RUNS = {
+    "gradients": ["parallel.tp=2"],
+    "local weights": ["ttt.inner_model=linear"],
+    "none": [
+        *("full_finetuning=false", "lora.enable=true", "lora.rank=5", "lora.ft_embed=true"),
+        "parallel.tp=2",
+    ],
+}
+END = "----- exit code"
 
 
-@pytest.fixture
-def faulty(tmp_path):
-    """`faulty(fault, *arguments)`: two ranks, each step wrong in the way that `fault` names."""
-    script = tmp_path / "faulty_verify.py"
-    script.write_text(FAULTY.format(repo=str(REPO), scaled=SCALED, replicated=REPLICATED))
-
-    def start(fault, *arguments):
-        return run_ranks(2, script, [fault, "max_steps=1", *arguments], timeout=TIMEOUT)
-
-    return start
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Fault -> what verify printed and its exit code, from two ranks."""
+    script = tmp_path_factory.mktemp("verify") / "several.py"
+    script.write_text(SEVERAL.format(repo=str(REPO), scaled=SCALED, replicated=REPLICATED, end=END))
+    job = run_ranks(2, script, [json.dumps(RUNS)], timeout=len(RUNS) * TIMEOUT)
+    found = re.findall(rf"(.*?){END} (\d+)\n", job.stdout, re.DOTALL)
+    assert len(found) == len(RUNS), job.stdout + job.stderr
+    # A verdict against the layout ends the job as a failed one.
+    assert job.returncode != 0
+    assert re.search(r"exitcode +: 1 ", job.stderr)
+    return {fault: (out, int(code)) for fault, (out, code) in zip(RUNS, found, strict=True)}
 
 
 def modules_named(output):
@@ -99,27 +131,38 @@ def test_tensor_parallel_demo_passes_and_prints_its_tables(tmp_path):
     assert int(rank.replace(",", "")) < 0.53 * int(total.replace(",", ""))
 
 
-def test_wrong_gradients_are_found_and_their_modules_named(faulty):
+def test_wrong_gradients_are_found_and_their_modules_named(told):
     """One is scaled everywhere; one on rank 1 alone, where rank 0 has the same tensor right."""
-    job = faulty("gradients", "parallel.tp=2")
-    assert job.returncode != 0
-    assert "verify: all within" not in job.stdout
-    assert modules_named(job.stdout) == {"transformer.layers.1.ttt", "transformer.layers.2.ttt"}
+    out, code = told["gradients"]
+    assert code == 1
+    assert "verify: all within" not in out
+    assert modules_named(out) == {"transformer.layers.1.ttt", "transformer.layers.2.ttt"}
     for what, wanted in (("gradient", SCALED), ("gradient across ranks", REPLICATED)):
         line = rf"  float64 {what}, (\S+): found (\S+), allowed 1.0e-06"
-        ((name, error),) = re.findall(line, job.stdout)
+        ((name, error),) = re.findall(line, out)
         assert name == wanted
         # The sums that stand for a tensor across ranks may be larger than its norm.
         limit = 1e-4 if what == "gradient" else 1e-3
         assert 0.9e-4 < float(error) < 1.1 * limit
-    assert re.search(r"exitcode +: 1 ", job.stderr)
 
 
-def test_a_loss_divided_by_local_weights_is_found(faulty):
-    job = faulty("local weights", "ttt.inner_model=linear")
-    assert job.returncode != 0
-    assert "float64 loss, step 1: found" in job.stdout
-    assert {"transformer.layers.0.self_attn", "depformer", "heads"} <= modules_named(job.stdout)
+def test_a_loss_divided_by_local_weights_is_found(told):
+    out, code = told["local weights"]
+    assert code == 1
+    assert "float64 loss, step 1: found" in out
+    assert {"transformer.layers.0.self_attn", "depformer", "heads"} <= modules_named(out)
+
+
+def test_adapters_over_ranks_pass(told):
+    """The last in its job, after two with faults: none of those lives on."""
+    out, code = told["none"]
+    assert code == 0
+    assert "full_finetuning false, lora of rank 5, ft_embed true" in out
+    assert out.endswith("verify: all within tolerance\n")
+    (compared,) = re.findall(r"^ +float64 +gradient \((\d+)\)", out, re.MULTILINE)
+    (total,) = re.findall(r"^ +float64 +initial value \((\d+)\)", out, re.MULTILINE)
+    # Gradients of adapters, TTT and embeddings alone were there to compare.
+    assert 200 < int(compared) < int(total)
 
 
 def test_mistakes_are_told_once(tmp_path):
