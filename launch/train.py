@@ -74,8 +74,11 @@ def train(start: Start) -> None:
     config = start.config
 
     # 1. Ranks: process group, mesh, what one step consumes.
-    # The watchdog tells more of a stuck collective than its own timeout, so it comes first.
-    init_process_group(timedelta(seconds=config.timeout_sec + 60))
+    # Of a stuck collective, NCCL's own timeout and the watchdog's tell most, on GPUs and on CPUs:
+    # it comes first.
+    later = config.timeout_sec + 60
+    on_gpu = device_type() == "cuda"
+    init_process_group(timedelta(seconds=config.timeout_sec if on_gpu else later))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = local_device()
     torch.manual_seed(config.seed)
@@ -190,7 +193,7 @@ def train(start: Start) -> None:
                 Keep(config.num_ckpt_keep, config.ckpt_keep_every),
                 on_commit=lambda path: logger.say(f"checkpoint: {path}") if logger else None,
             ) as saver,
-            Watchdog(config.timeout_sec, rank, status.failed) as watchdog,
+            Watchdog(later if on_gpu else config.timeout_sec, rank, status.failed) as watchdog,
             StepBatches(
                 train_pieces,
                 order,
@@ -275,7 +278,7 @@ def train(start: Start) -> None:
                         save(step)
                 if guard.must_stop:
                     raise UserError(too_many_bad_steps(guard, bad_step), title="The run stopped")
-                if stop:
+                if stop and step < config.max_steps:
                     status.preempted_by = signal.Signals(stop).name
                     break
 

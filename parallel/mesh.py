@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 
 from parallel.device import device_type, local_device
+
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def init_process_group(timeout: timedelta) -> None:
     settings: dict[str, Any] = {"timeout": timeout}
     if "RANK" not in os.environ:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif _ranks_keep_the_store() and os.environ["MASTER_ADDR"] in _LOOPBACK:
+        settings |= _store_on_loopback(timeout)
     if device.type == "cuda":
         # NCCL's flight recorder: what the last collectives of each rank were, written to a file
         # where one of them doesn't end.
@@ -68,6 +73,31 @@ def init_process_group(timeout: timedelta) -> None:
         dist.init_process_group("cuda:nccl,cpu:gloo", device_id=device, **settings)
     else:
         dist.init_process_group("gloo", **settings)
+
+
+def _ranks_keep_the_store() -> bool:
+    """Whether rank 0, and not torchrun, has the store through which ranks find each other."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _store_on_loopback(timeout: timedelta) -> dict[str, Any]:
+    """The job's store, reachable from this machine alone.
+
+    torch's own rank 0 would listen on all interfaces, and whoever reaches the store can send
+    pickles to the ranks.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = None
+    if rank == 0:
+        listening = socket.create_server((address, port), backlog=2048).detach()
+    store = dist.TCPStore(
+        *(address, port, world_size),
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=listening,
+    )
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def close_process_group() -> None:

@@ -46,11 +46,16 @@ class Setting:
 
 
 def interrupt(
-    command: Sequence[str], folder: Path, act: Callable[[int], None], *, after: int = 2
+    command: Sequence[str],
+    folder: Path,
+    act: Callable[[int], None],
+    *,
+    after: int = 2,
+    **environment: str,
 ) -> Run:
     """Start a command that trains into `folder`; `act` on its process once steps are logged."""
     deadline = time.monotonic() + TIMEOUT
-    with start_command(list(command)) as process:
+    with start_command(list(command), **environment) as process:
         while process.poll() is None and len(logged_steps(folder)) < after:
             assert time.monotonic() < deadline, "no step was logged in time"
             time.sleep(0.05)

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +17,12 @@ from tests.faults.jobs import (
     ranks_of,
     torchrun,
 )
+from tests.faults.test_torchrun_signals import listening
+from tests.integration.runs import TRAIN
+from tests.ranks import REPO
 
 pytestmark = pytest.mark.faults
+LOOPBACK = "0100007F"  # 127.0.0.1 as /proc/net/tcp writes it
 
 
 def one_rank(folder):
@@ -45,6 +51,25 @@ def test_a_signal_ends_the_run_at_the_next_step_with_a_checkpoint(setting, tmp_p
         assert run.job.returncode == 0, run.job.stderr
     assert_good(run, *sorted({*range(2, step + 1, 2), step}))
     assert_taken_up(setting, run, after=step)
+
+
+def test_torchrun_sh_ends_well_and_is_reached_from_this_machine_alone(setting, tmp_path):
+    """What the ranks themselves listen on; torchrun: test_torchrun_signals.py."""
+    folder = tmp_path / "run"
+    addresses: list[str] = []
+
+    def look_and_stop(script_pid: int) -> None:
+        for rank in ranks_of(folder):
+            addresses.extend(listening(rank))
+        os.kill(script_pid, signal.SIGTERM)
+
+    command = [str(REPO / "torchrun.sh"), str(TRAIN), *setting.arguments, f"run_dir={folder}"]
+    python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = interrupt(command, folder, look_and_stop, NPROC="2", PATH=python)
+    assert run.job.returncode == 0, run.job.stderr
+    assert (run.status["state"], run.status["reason"]) == ("preempted", "SIGTERM")
+    assert addresses != []
+    assert {address.split(":")[0] for address in addresses} == {LOOPBACK}
 
 
 def test_a_second_interrupt_ends_the_run_at_once(setting, tmp_path):
