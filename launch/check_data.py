@@ -103,8 +103,8 @@ def check_data(
             problems += too_few_pieces(pieces, ranks, duration_sec, field)
         hours = sum(report.seconds for report in reports) / 3600
         summary.append(
-            f"{field}: {len(reports)} recordings, {hours:.2f} h, {pieces} pieces of "
-            f"{duration_sec:g} s"
+            f"{field}: recordings: {len(reports)}, hours: {hours:.2f}, pieces of "
+            f"{duration_sec:g} s: {pieces}"
         )
         everything += reports
     return problems, collect_notes(everything), summary
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> None:
     read = "headers, alignments and samples" if parsed.decode else "headers and alignments"
     for line in summary:
         print(line)
-    print(f"{len(problems)} problems, {len(notes)} notes ({read} read)", flush=True)
+    print(f"problems: {len(problems)}, notes: {len(notes)} ({read} read)", flush=True)
     if problems:
         exit_with(UserError(problems, title="This data can't be used"))
 

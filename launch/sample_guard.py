@@ -75,6 +75,6 @@ class SampleGuard:
             + (
                 f"resume=true then encodes what is damaged anew and goes on from {newest}"
                 if newest is not None
-                else "a new start then encodes what is damaged anew (no checkpoint was due yet)"
+                else "a new start then encodes what is damaged anew (there is no checkpoint)"
             ),
         ]

@@ -129,8 +129,8 @@ def test_all_problems_of_a_dataset_are_told_at_once(dataset, paths, tmp_path):
     assert len(told) == len(EVERYWHERE | AHEAD) + 1
     assert jobs["sound"].returncode == 0, jobs["sound"].stderr
     assert "16000 Hz, resampled to 24000" in jobs["sound"].stdout
-    assert "2 recordings, 0.00 h, 2 pieces of 10 s" in jobs["sound"].stdout
-    assert "0 problems, 1 notes" in jobs["sound"].stdout
+    assert "recordings: 2, hours: 0.00, pieces of 10 s: 2" in jobs["sound"].stdout
+    assert "problems: 0, notes: 1" in jobs["sound"].stdout
     assert jobs["few"].returncode == 2
     (few,) = problems_of(jobs["few"].stderr, "This data can't be used: ")
     assert few.startswith("data.train_data: holds 2 pieces of 8.4 s for 3 data-parallel ranks")

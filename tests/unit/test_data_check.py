@@ -125,6 +125,31 @@ def test_paths_out_of_the_manifests_folder(tmp_path):
         open_sources(manifest)
 
 
+DEEP, LONG = "[" * 200_000, "9" * 5000
+
+
+def test_files_made_to_break_readers_are_told_like_others(tmp_path):
+    manifest = write_dataset(tmp_path, [1.0] * 2)
+    for index, words in enumerate([DEEP, f'{{"alignments": [["a", [0, 1{"0" * 400}], "b"]]}}']):
+        (tmp_path / f"train{index}.json").write_text(words)
+    found = [problem for report in reports_of(manifest) for problem in report.problems]
+    assert ["is no JSON" in found[0], "alignments[0]: found" in found[1]] == [True, True]
+    lines = {
+        DEEP: "is no JSON",
+        f'{{"path": "a.wav", "duration": {LONG}}}': "is no JSON",
+        f'{{"path": "a.wav", "duration": 1{"0" * 400}}}': "duration: found 1000",
+        '{"path": "a\\u0000.wav", "duration": 1}': "path: found",
+        '{"path": "a\\ud800.wav", "duration": 1}': "path: found",
+    }
+    manifest.write_text("\n".join(lines) + "\n")
+    problems = scan_sources(str(manifest), field="data.train_data")[1]
+    for number, (problem, part) in enumerate(zip(problems, lines.values(), strict=True), start=1):
+        assert problem.startswith(f"{manifest}:{number}: {part}")
+    manifest.write_text(json.dumps({"path": "a" * 5000 + ".wav", "duration": 1}) + "\n")
+    (report,) = reports_of(manifest)
+    assert "there is no audio file" in report.problems[0]
+
+
 def test_fewer_pieces_than_ranks():
     assert too_few_pieces(4, 4, 10.0, "data.train_data") == []
     (problem,) = too_few_pieces(1, 4, 10.0, "data.train_data")

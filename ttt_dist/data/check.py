@@ -7,6 +7,7 @@ and at alignments and samples when it encodes them; here everything is read ahea
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def _check_files(recording: Recording, *, decode: bool) -> FileReport:
             remarks.append(f"{header.sample_rate} Hz, resampled to {SAMPLE_RATE}")
         if decode and header.channels == 2:
             found += _decode(recording.path)
-    if recording.alignments_path.is_file():
+    if os.path.isfile(recording.alignments_path):
         wrong, unusual = _check_alignments(recording.alignments_path, seconds)
         found += wrong
         remarks += unusual

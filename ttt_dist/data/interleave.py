@@ -19,7 +19,7 @@ from typing import Any
 
 import sentencepiece
 
-from ttt_dist.data.manifest import DataError
+from ttt_dist.data.manifest import LONGEST_SEC, DataError
 
 FRAME_RATE = 12.5  # Hz
 MAIN_SPEAKER = "SPEAKER_MAIN"
@@ -74,7 +74,7 @@ def read_words(content: bytes, path: Path) -> list[Word]:
     form = '{"alignments": [[word, [start_sec, end_sec], speaker], ...]}'
     try:
         data = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of nesting or a number without an end, too
         raise DataError([f"{path}: is no JSON ({error}); it must hold {form}"]) from error
     if not isinstance(data, dict) or not isinstance(data.get("alignments"), list):
         raise DataError([f"{path}: found no list `alignments`; it must hold {form}"])
@@ -101,7 +101,7 @@ def read_words(content: bytes, path: Path) -> list[Word]:
 def _parse_word(entry: object) -> Word | None:
     match entry:
         case [str(text), [float() | int() as start, float() | int() as end], str(speaker)]:
-            if math.isfinite(start) and math.isfinite(end):
+            if abs(start) < LONGEST_SEC and abs(end) < LONGEST_SEC:
                 return Word(text, float(start), float(end), speaker)
     return None
 

@@ -15,12 +15,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import sphn
 
 # A manifest's duration is often rounded; beyond this the line describes another file.
 DURATION_TOLERANCE_SEC = 1.0
 DURATION_TOLERANCE_SHARE = 0.01
+LONGEST_SEC = 1e9  # above every recording; a whole number in JSON may be too large for a float
 # Headers lie on network disks more often than not: latency, not work, is what threads hide.
 CHECK_THREADS = 8
 # A manifest of the wrong kind fails on every line; the first ones tell all there is to tell.
@@ -193,25 +195,33 @@ def _read_manifest(manifest: Path, problems: list[str]) -> list[Recording]:
     return recordings
 
 
+def _is_file_name(name: object) -> TypeGuard[str]:
+    """Whether a system can be asked for it: no NUL, and no half of a surrogate pair."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parse_line(text: str, manifest: Path, number: int) -> Recording | str:
     where = f"{manifest}:{number}"
     form = '{"path": "file.wav", "duration": seconds}'
     try:
         entry = json.loads(text)
-    except json.JSONDecodeError as error:
-        return (
-            f"{where}: is no JSON ({error.msg} at column {error.colno}); each line must be {form}"
-        )
+    except (ValueError, RecursionError) as error:  # of nesting or a number without an end, too
+        return f"{where}: is no JSON ({error}); each line must be {form}"
     if not isinstance(entry, dict):
         return f"{where}: found a JSON {type(entry).__name__}, each line must be {form}"
     name, duration = entry.get("path"), entry.get("duration")
-    if not isinstance(name, str) or not name:
+    if not _is_file_name(name):
         return f"{where}: path: found {name!r}, allowed is a file name; each line must be {form}"
     if (
         not isinstance(duration, (int, float))
         or isinstance(duration, bool)
-        or not math.isfinite(duration)
-        or duration <= 0
+        or not 0 < duration < LONGEST_SEC
     ):
         return f"{where}: duration: found {duration!r}, allowed are seconds above 0 ({name})"
     if not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == os.pardir:
@@ -252,11 +262,12 @@ def read_header(path: Path) -> AudioHeader:
 
 def check_recording(recording: Recording) -> list[str]:
     """What is wrong with the files of a recording, as far as the audio's header tells."""
-    if not recording.path.is_file():
+    # Unlike Path.is_file, it raises for no name and no folder that can't be looked into.
+    if not os.path.isfile(recording.path):
         # Its name is what is wrong, and the other file's follows from it.
         return [f"{recording.where}: there is no audio file {recording.path}"]
     problems = _check_audio(recording)
-    if not recording.alignments_path.is_file():
+    if not os.path.isfile(recording.alignments_path):
         problems.append(
             f"there is no alignment file {recording.alignments_path} beside the audio; it "
             'must hold {"alignments": [[word, [start, end], speaker], ...]}'
