@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ def load_checkpoint(
         if key.startswith("param_groups.")
     }
     optimizers.load_state_dict(hyperparameters | _strip(optimizer_tensors))
-    schedulers.load_state_dict({"last_epoch": progress.scheduler_steps})
+    with warnings.catch_warnings():
+        # torchtitan computes the rates anew, which torch takes for a mistake.
+        warnings.filterwarnings("ignore", "To get the last learning rate computed")
+        schedulers.load_state_dict({"last_epoch": progress.scheduler_steps})
     for scheduler in schedulers:
         for group, lr in zip(
             scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True

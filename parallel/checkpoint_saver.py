@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
@@ -76,14 +76,6 @@ class CheckpointSaver:
         self._folder, self._keep, self._on_commit = folder, keep, on_commit
         # Of its own: its collectives run beside those of training.
         self._group = dist.new_group(backend="gloo")
-        cuda = torch.cuda.is_available()
-        options = StagingOptions(
-            use_pinned_memory=cuda,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=cuda,
-        )
-        self._stager = DefaultStager(options)  # keeps its buffers from save to save
         self._saving: Future[Path] | None = None
 
     def __enter__(self) -> CheckpointSaver:
@@ -113,8 +105,7 @@ class CheckpointSaver:
         if target.exists():
             raise SaveError(f"{target} exists; a checkpoint is never written over")
         partial = self._folder / from_first_rank(f".saving-{target.name}-{uuid.uuid4().hex[:8]}")
-        tensors = self._stager.stage(run_tensors(model, optimizers))
-        assert isinstance(tensors, dict)
+        tensors = {name: _copied(t) for name, t in run_tensors(model, optimizers).items()}
         self._saving = _in_background(lambda: self._write(tensors, progress, partial, target))
 
     def has_failed(self) -> bool:
@@ -172,6 +163,16 @@ class CheckpointSaver:
         _prune(self._folder, self._keep)
         if self._on_commit is not None:
             self._on_commit(target)
+
+
+def _copied(value: Tensor) -> Tensor:
+    """A copy on the CPU, of this rank's part of a DTensor; it says what part that is."""
+    # Not by DCP's stager, which copies meshes, too, and on torch 2.11 fails the second time.
+    if not isinstance(value, DTensor):
+        return value.detach().to("cpu", copy=True)
+    local = value.to_local().detach().to("cpu", copy=True)
+    # `from_local` would move it back to the mesh's device.
+    return DTensor(local, value._spec, requires_grad=False)
 
 
 class _Writer(dcp.FileSystemWriter):
