@@ -277,6 +277,7 @@ def train(start: Start) -> None:
                     if config.do_ckpt and (is_due(step, config.ckpt_freq) or ends):
                         save(step)
                 if guard.must_stop:
+                    saver.finish()
                     raise UserError(too_many_bad_steps(guard, bad_step), title="The run stopped")
                 if stop and step < config.max_steps:
                     status.preempted_by = signal.Signals(stop).name
