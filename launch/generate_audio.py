@@ -5,7 +5,6 @@ import math
 import wave
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import sentencepiece
@@ -142,12 +141,7 @@ class MoshiAudio:
     def __enter__(self) -> "MoshiAudio":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

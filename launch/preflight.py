@@ -24,13 +24,13 @@ from launch.run_checkpoints import resume_problems
 from launch.run_folder import adopt_saved, run_dir_problems
 from launch.unbuilt import refuse_unbuilt
 from ttt_dist.data.encode import mimi_config_problems
+from ttt_dist.data.interleave import num_frames
 from ttt_dist.data.manifest import DataError, read_sources
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.release import open_release, released_ttt
 from ttt_dist.moshi.released_lora import adapter_differences, released_adapters
 from ttt_dist.moshi.released_ttt import ttt_differences
 
-FRAMES_PER_SECOND = 12.5
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -187,7 +187,7 @@ def check_run(
 def run_warnings(config: TrainConfig) -> list[str]:
     """What is allowed, but rarely meant."""
     warnings = []
-    frames = math.ceil(config.duration_sec * FRAMES_PER_SECOND)
+    frames = num_frames(config.duration_sec)
     window = config.ttt.ttt_layer_context
     if config.ttt.enable and window is not None and frames <= window:
         warnings.append(

@@ -20,9 +20,10 @@ from launch.config import TrainConfig, parse_command_line, read_config, resolve_
 from launch.errors import UserError
 from launch.make_demo_base import DEFAULT_OUT
 from launch.make_demo_base import lm_config as demo_lm_config
-from launch.preflight import FRAMES_PER_SECOND, HUB_ID, check_run, resolve_mesh
+from launch.preflight import HUB_ID, check_run, resolve_mesh
 from launch.setup import lay_out_model
 from parallel.mesh import Mesh
+from ttt_dist.data.interleave import num_frames
 from ttt_dist.layer import initial_value
 from ttt_dist.moshi.block import TTTBlock, TTTMoshi
 from ttt_dist.moshi.build import (
@@ -156,7 +157,7 @@ def _unreachable(name: str, error: Exception) -> str:
 
 def shrink(config: TrainConfig, settings: dict[str, Any], dp_size: int) -> Case:
     """The small twin: every flag stays, widths, layers, vocabularies and lengths don't."""
-    frames = math.ceil(config.duration_sec * FRAMES_PER_SECOND)
+    frames = num_frames(config.duration_sec)
     scaled = partial(_scaled_window, frames=frames)
     section = config.ttt
     ttt = section.model_copy(
