@@ -25,6 +25,7 @@ STEPS = 4
 STEP_KEYS = {
     *("step", "loss", "text_loss", "audio_loss", "grad_norm", "lr", "frames_per_sec"),
     *("frames_per_sec_per_gpu", "mfu", "peak_memory_gib", "seconds", "time"),
+    *("skipped_steps", "skipped_samples"),
 }
 EVAL_KEYS = {
     *("step", "time", "eval_loss", "eval_text_loss", "eval_audio_loss"),
