@@ -15,6 +15,7 @@ from launch.config import DEFAULT_CONFIG, dump_yaml, load_config
 from launch.export import main
 from launch.setup import lay_out_model
 from parallel.checkpoint import Progress
+from parallel.checkpoint_manifest import hash_file, write_manifest
 from tests.distributed.tiny import LM_CONFIG
 from tests.unit.moshi_cases import make_release
 from ttt_dist.moshi.block import TTTMoshi
@@ -62,6 +63,7 @@ def save_run(base: Path, run: Path) -> tuple[Path, TTTMoshi]:
         dcp.save(tensors, checkpoint_id=str(checkpoint), no_dist=True)
     progress = Progress(step=2, global_batch_size=1, scheduler_steps=2, layout={"tp": 1})
     (checkpoint / "progress.json").write_text(json.dumps(asdict(progress)))
+    write_manifest(checkpoint, {path.name: hash_file(path) for path in checkpoint.iterdir()})
     (run / "config.yaml").write_text(dump_yaml(config))
     return run, model
 
