@@ -21,7 +21,7 @@ from moshi.models.loaders import CheckpointInfo
 
 from launch.config import TrainConfig, load_config
 from launch.errors import UserError, exit_with
-from launch.model_checks import NEEDED_OF_MODEL, lora_settings
+from launch.model_checks import lora_settings
 from launch.release_settings import read_ttt_section
 from launch.run_checkpoints import choose_checkpoint, undamaged
 from launch.setup import attention_windows, model_dtypes, ttt_placement
@@ -51,7 +51,7 @@ from ttt_dist.moshi.context import (
 )
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.fingerprint import fingerprint
-from ttt_dist.moshi.lm_config import NOT_BUILT, lm_config_problems, wrong_values
+from ttt_dist.moshi.lm_config import NOT_BUILT, absent_settings, lm_config_problems, wrong_values
 from ttt_dist.moshi.lora import LoRASettings
 from ttt_dist.moshi.release import open_release, released_ttt
 from ttt_dist.moshi.released_lora import ReleasedAdapters, released_adapters
@@ -294,12 +294,7 @@ def _talking_problems(release: CheckpointInfo) -> list[str]:
     problems = lm_config_problems(settings)
     if wrong_values(settings):
         return problems
-    absent = [key for key in NEEDED_OF_MODEL if key not in settings]
-    if absent:
-        problems.append(
-            f"config.json: {', '.join(absent)}: not there, so it doesn't describe Moshi's language "
-            "model; use the release's own"
-        )
+    problems += absent_settings(settings)
     if settings.get("context") is None:
         problems.append(
             "config.json: context: found none; streaming needs a number of frames that attention "

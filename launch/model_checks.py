@@ -7,31 +7,15 @@ from launch.config import TrainConfig
 from launch.schema import TTTSection
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.build import select_layers
-from ttt_dist.moshi.lm_config import lm_config_problems, wrong_values
+from ttt_dist.moshi.lm_config import absent_settings, lm_config_problems, wrong_values
 from ttt_dist.moshi.lora import LoRASettings
-from ttt_dist.moshi.released_ttt import describe_ttt
-
-NEEDED_OF_MODEL = ("dim", "num_heads", "num_layers")
+from ttt_dist.moshi.released_ttt import build_ttt_config, describe_ttt
 
 
-def build_ttt_config(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTConfig:
-    """The TTT layer that `section` describes, for a model with `lm_config`'s dim and heads.
-
-    Raises:
-        ValueError: the two don't fit, for example an odd head dimension.
-    """
-    return TTTConfig(
-        model_dim=lm_config["dim"],
-        num_heads=lm_config["num_heads"],
-        inner_model=section.inner_model,
-        mini_batch_size=section.mini_batch_size,
-        base_lr=section.base_lr,
-        expansion=section.ttt_mlp_expansion_factor,
-        mlp_layers=section.ttt_mlp_layers,
-        causal=section.causal,
-        inner_eps=section.inner_eps,
-        checkpoint_group_size=section.checkpoint_group_size,
-    )
+def configured_ttt(section: TTTSection, lm_config: Mapping[str, Any]) -> TTTConfig:
+    """The configured TTT layer for a model with `lm_config`; ValueError where the two don't fit."""
+    group_size = section.checkpoint_group_size
+    return build_ttt_config(section.model_dump(), lm_config, checkpoint_group_size=group_size)
 
 
 def lora_settings(config: TrainConfig) -> LoRASettings | None:
@@ -51,7 +35,7 @@ def ttt_section(config: TrainConfig, lm_config: Mapping[str, Any]) -> dict[str, 
         return None
     window = lm_config.get("context")  # of layers whose own isn't set
     return describe_ttt(
-        build_ttt_config(config.ttt, lm_config),
+        configured_ttt(config.ttt, lm_config),
         layers,
         ttt_context=config.ttt.ttt_layer_context or window,
         other_context=config.ttt.non_ttt_layer_context or window,
@@ -71,13 +55,8 @@ def model_problems(
     problems = lm_config_problems(lm_config)
     if wrong_values(lm_config):
         return problems
-    absent = [key for key in NEEDED_OF_MODEL if key not in lm_config]
-    if absent:
-        return [
-            *problems,
-            f"config.json: {', '.join(absent)}: not there, so it doesn't describe Moshi's language "
-            "model; check moshi_paths.config_path, or use the release's own",
-        ]
+    if absent := absent_settings(lm_config):
+        return problems + absent
     if "parallel.tp" not in bad_keys:
         problems += _splitting_problems(lm_config, config.parallel.tp)
     if not config.ttt.enable:
@@ -88,7 +67,7 @@ def model_problems(
         except ValueError as error:
             problems.append(f"ttt.layers: {error}")
     try:
-        build_ttt_config(config.ttt, lm_config)
+        configured_ttt(config.ttt, lm_config)
     except ValueError as error:
         problems.append(f"ttt: doesn't fit this model: {error}")
     return problems

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launch.errors import UserError
-from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.build import TTTPlacement, select_layers
-from ttt_dist.moshi.released_ttt import SECTION, describe_ttt
+from ttt_dist.moshi.released_ttt import SECTION, build_ttt_config, describe_ttt
 
 _Window = Annotated[int, Field(ge=1)]
 
@@ -60,18 +59,7 @@ def read_ttt_section(
     windows = {"ttt_context": read.ttt_layer_context, "other_context": read.non_ttt_layer_context}
     try:
         layers = select_layers(read.layers, lm_config["num_layers"])
-        config = TTTConfig(
-            model_dim=lm_config["dim"],
-            num_heads=lm_config["num_heads"],
-            inner_model=read.inner_model,
-            mini_batch_size=read.mini_batch_size,
-            base_lr=read.base_lr,
-            expansion=read.ttt_mlp_expansion_factor,
-            mlp_layers=read.ttt_mlp_layers,
-            causal=read.causal,
-            inner_eps=read.inner_eps,
-            rope_base=read.rope_base,
-        )
+        config = build_ttt_config(read.model_dump(), lm_config, rope_base=read.rope_base)
     except ValueError as error:
         raise UserError(f"config.json: {SECTION}: {error}") from error
     problems = []

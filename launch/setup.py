@@ -13,7 +13,7 @@ from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from tqdm import tqdm
 
 from launch.config import TrainConfig, utc_timestamp
-from launch.model_checks import build_ttt_config, lora_settings
+from launch.model_checks import configured_ttt, lora_settings
 from launch.parameter_table import parameter_table
 from launch.prepare import open_cache, read_splits
 from launch.run_folder import RunFolder
@@ -178,7 +178,7 @@ def ttt_placement(config: TrainConfig, lm_config: dict[str, Any] | None) -> TTTP
         return None
     settings = lm_settings(lm_config)
     return TTTPlacement(
-        layer=build_ttt_config(config.ttt, settings),
+        layer=configured_ttt(config.ttt, settings),
         layers=select_layers(config.ttt.layers, settings["num_layers"]),
         initial_alpha=config.ttt.initial_gating_alpha,
     )

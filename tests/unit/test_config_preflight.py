@@ -8,7 +8,7 @@ import pytest
 
 from launch.config import REPO_ROOT, TrainConfig, load_config, read_config
 from launch.errors import UserError
-from launch.model_checks import build_ttt_config
+from launch.model_checks import configured_ttt
 from launch.preflight import (
     check_run,
     check_start,
@@ -75,14 +75,14 @@ def test_compiled_layers_are_kept_or_recomputed_whole(tmp_path: Path) -> None:
 def test_depth_of_the_inner_mlp_says_nothing_about_ttt_linear(tmp_path: Path) -> None:
     config = demo(tmp_path, "ttt.inner_model=linear", "ttt.ttt_mlp_layers=3")
     assert check(config) == []
-    assert build_ttt_config(config.ttt, TINY).inner_widths == (16, 16)
+    assert configured_ttt(config.ttt, TINY).inner_widths == (16, 16)
 
 
 @pytest.mark.parametrize("layers", [2, 3, 5])
 def test_depth_of_the_inner_mlp_reaches_the_layer(tmp_path: Path, layers: int) -> None:
     config = demo(tmp_path, f"ttt.ttt_mlp_layers={layers}")
     assert check(config) == []
-    assert build_ttt_config(config.ttt, TINY).mlp_layers == layers
+    assert configured_ttt(config.ttt, TINY).mlp_layers == layers
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_ttt_section_reaches_the_layer_config(tmp_path: Path) -> None:
         "ttt.inner_eps=1e-8",
         "ttt.checkpoint_group_size=0",
     )
-    built = build_ttt_config(config.ttt, TINY)
+    built = configured_ttt(config.ttt, TINY)
     assert (built.model_dim, built.num_heads, built.inner_model) == (128, 8, "linear")
     assert (built.mini_batch_size, built.base_lr, built.expansion) == (8, 0.5, 2)
     assert (built.inner_eps, built.checkpoint_group_size, built.causal) == (1e-8, 0, True)

@@ -135,6 +135,17 @@ def lm_config_problems(lm_config: Mapping[str, Any]) -> list[str]:
     return problems + (wrong or [f"config.json: {line}" for line in _contradictions(lm_config)])
 
 
+def absent_settings(lm_config: Mapping[str, Any]) -> list[str]:
+    """In one line, the settings without which there is no telling what Moshi it is; or nothing."""
+    absent = [key for key in ("dim", "num_heads", "num_layers") if key not in lm_config]
+    if not absent:
+        return []
+    return [
+        f"config.json: {', '.join(absent)}: not there, so it doesn't describe Moshi's language "
+        "model; check moshi_paths.config_path, or use the release's own"
+    ]
+
+
 def wrong_values(lm_config: Mapping[str, Any]) -> list[str]:
     """Settings of another kind than theirs, a line each; with any, nothing else can be told."""
     return [

@@ -12,6 +12,34 @@ from typing import Any
 from ttt_dist.config import TTTConfig
 
 SECTION = "ttt"
+# Keys of a `ttt` section, in a run's YAML and here alike, and what they set in `TTTConfig`.
+_MLP_FIELDS = {"ttt_mlp_layers": "mlp_layers", "ttt_mlp_expansion_factor": "expansion"}
+_FIELDS = {
+    "inner_model": "inner_model",
+    **_MLP_FIELDS,
+    "mini_batch_size": "mini_batch_size",
+    "base_lr": "base_lr",
+    "inner_eps": "inner_eps",
+    "causal": "causal",
+}
+
+
+def build_ttt_config(
+    section: Mapping[str, Any], lm_config: Mapping[str, Any], **others: Any
+) -> TTTConfig:
+    """The TTT layer that a section describes, for a model with `lm_config`'s dim and heads.
+
+    Args:
+        section: with all keys of `_FIELDS`; others are not looked at.
+        others: fields of `TTTConfig` that a section doesn't have under a name of its own.
+
+    Raises:
+        ValueError: they don't fit, for example an odd head dimension.
+    """
+    fields = {field: section[key] for key, field in _FIELDS.items()}
+    return TTTConfig(
+        model_dim=lm_config["dim"], num_heads=lm_config["num_heads"], **fields, **others
+    )
 
 
 def describe_ttt(
@@ -29,15 +57,10 @@ def describe_ttt(
         ttt_context, other_context: frames that attention sees in those layers and in the others of
             the main transformer; None is unlimited.
     """
-    mlp = {"ttt_mlp_layers": layer.mlp_layers, "ttt_mlp_expansion_factor": layer.expansion}
+    unused = () if layer.inner_model == "mlp" else _MLP_FIELDS
     return {
         "layers": list(layers),
-        "inner_model": layer.inner_model,
-        **(mlp if layer.inner_model == "mlp" else {}),
-        "mini_batch_size": layer.mini_batch_size,
-        "base_lr": layer.base_lr,
-        "inner_eps": layer.inner_eps,
-        "causal": layer.causal,
+        **{key: getattr(layer, field) for key, field in _FIELDS.items() if key not in unused},
         "rope_base": layer.rope_base,
         "ttt_layer_context": ttt_context,
         "non_ttt_layer_context": other_context,
