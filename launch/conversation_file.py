@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def save_conversation(
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"--save-state: {path} can't be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

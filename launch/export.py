@@ -59,6 +59,7 @@ from ttt_dist.moshi.context import (
     read_attention_contexts,
 )
 from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.lm_config import lm_config_problems
 from ttt_dist.moshi.release import names_elsewhere, open_release
 from ttt_dist.moshi.released_lora import ADAPTERS_FILE, released_adapters
 from ttt_dist.moshi.tensor_files import TensorFiles
@@ -79,6 +80,8 @@ class Export:
         config: the folder's `config.json`.
         mimi_config: Mimi's, where the folder has it.
         files: name in the folder to the file that is copied there.
+        step: of the checkpoint.
+        summary: what a person is told, in lines.
     """
 
     tensors: TrainedTensors
@@ -89,19 +92,6 @@ class Export:
     files: dict[str, Path]
     step: int
     summary: str
-
-
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The checkpoint of `step` in the run's folder, or the newest; raises UserError."""
-    if not (run / "config.yaml").is_file():
-        what = "holds no config.yaml" if run.is_dir() else "is no folder"
-        raise UserError(
-            f"RUN_DIR: {run} {what}, so no run began there; check the path", title=TITLE
-        )
-    try:
-        return choose_checkpoint(run, step, named="RUN_DIR")
-    except UserError as error:
-        raise UserError(error.problems, title=TITLE) from None
 
 
 def plan_export(
@@ -122,11 +112,17 @@ def plan_export(
     Raises:
         UserError, CheckpointError, ReleaseError: what a person has to mend.
     """
-    checkpoint = find_checkpoint(run, step)
-    progress = read_progress(checkpoint)
+    if not (run / "config.yaml").is_file():
+        what = "holds no config.yaml" if run.is_dir() else "is no folder"
+        raise UserError(f"RUN_DIR: {run} {what}, so no run began there; check the path")
     config = load_config(run / "config.yaml")
     _check_adapters_wanted(run, config, merge_lora=merge_lora, adapters_only=adapters_only)
     release = open_release(**config.moshi_paths.model_dump())
+    problems = lm_config_problems(lm_settings(release.lm_config))
+    if problems:
+        raise UserError(problems)
+    checkpoint = choose_checkpoint(run, step, named="RUN_DIR")  # reads all of it, so it comes late
+    progress = read_progress(checkpoint)
     model = lay_out_model(config, release.lm_config, None, torch.float32)
     section = ttt_section(config, lm_settings(release.lm_config))
     contexts = read_attention_contexts(model)
@@ -155,17 +151,21 @@ def plan_export(
         adapters_for = _replaced_names(release)
         _check_base(release, base_only=base_only)
         names = names_elsewhere(release, **config.moshi_paths.model_dump())
+    exported = release_config(
+        release,
+        names,
+        section=None if base_only else section,
+        adapters=lora_settings(config) if adapters_only else None,
+    )
+    if section is None and not base_only:
+        # Without TTT all layers trained with one window, which may not be the release's.
+        (exported["context"],) = {context for _, context in contexts}
     specs = tensor_specs(model, base_only=base_only, dtype=dtype, adapters_for=adapters_for)
     return Export(
         tensors=TrainedTensors(checkpoint, model, config.lora.scaling if merge_lora else None),
         file=ADAPTERS_FILE if adapters_only else MOSHI_FILE,
         specs=specs,
-        config=release_config(
-            release,
-            names,
-            section=None if base_only else section,
-            adapters=lora_settings(config) if adapters_only else None,
-        ),
+        config=exported,
         mimi_config=None if adapters_only else release.mimi_config,
         files=files,
         step=progress.step,
@@ -183,17 +183,14 @@ def _check_adapters_wanted(
         if given
     ]
     if len(asked) == 2:
-        raise UserError(f"{' and '.join(asked)}: allowed is one of them", title=TITLE)
+        raise UserError(f"{' and '.join(asked)}: allowed is one of them")
     if asked and not config.lora.enable:
-        raise UserError(
-            f"{asked[0]}: {run} has no adapters (lora.enable: false); leave it out", title=TITLE
-        )
+        raise UserError(f"{asked[0]}: {run} has no adapters (lora.enable: false); leave it out")
     if config.lora.enable and not asked:
         raise UserError(
             f"RUN_DIR: {run} trained LoRA adapters (lora.enable: true); add --merge-lora, which "
             "adds them to the weights that they adapt, or --adapters-only, which writes them by "
-            "themselves",
-            title=TITLE,
+            "themselves"
         )
 
 
@@ -203,8 +200,7 @@ def _check_base(release: CheckpointInfo, *, base_only: bool) -> None:
         if base_only and any(map(is_ttt_parameter, files.keys())):
             raise UserError(
                 f"--base-only: the run's base, {release.moshi_weights}, holds TTT layers, so stock "
-                "moshi can't load it with the adapters; use --merge-lora --base-only",
-                title=TITLE,
+                "moshi can't load it with the adapters; use --merge-lora --base-only"
             )
 
 
@@ -225,9 +221,7 @@ def write_export(plan: Export, out: Path) -> None:
         CheckpointError: a tensor's bytes can't be read.
     """
     if out.exists() or out.is_symlink():
-        raise UserError(
-            f"--out: {out} exists; nothing is ever overwritten: name a new folder", title=TITLE
-        )
+        raise UserError(f"--out: {out} exists; nothing is ever overwritten: name a new folder")
     wanted = sum(spec.bytes for spec in plan.specs.values())
     wanted += sum(path.stat().st_size for path in plan.files.values())
     try:
@@ -236,8 +230,7 @@ def write_export(plan: Export, out: Path) -> None:
         if free < wanted:
             raise UserError(
                 f"--out: {out} needs {wanted / 1e9:.2f} GB, and {out.parent} has {free / 1e9:.2f} "
-                "GB left; name a folder on another disk",
-                title=TITLE,
+                "GB left; name a folder on another disk"
             )
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
             folder = Path(temporary) / out.name
@@ -250,7 +243,7 @@ def write_export(plan: Export, out: Path) -> None:
             _write_json(folder / "config.json", plan.config)
             folder.rename(out)
     except OSError as error:
-        raise UserError(f"--out: {out} can't be written: {error}", title=TITLE) from error
+        raise UserError(f"--out: {out} can't be written: {error}") from error
 
 
 def _write_tensors(plan: Export, path: Path) -> None:
@@ -311,7 +304,7 @@ def main(arguments: Sequence[str]) -> None:
         print(plan.summary, flush=True)
         write_export(plan, out)
     except UserError as error:
-        exit_with(error)
+        exit_with(UserError(error.problems, title=TITLE))
     except (CheckpointError, ReleaseError) as error:
         exit_with(UserError(str(error), title=TITLE))
     print(f"folder: {out}: {len(plan.specs)} tensors in {plan.file}")

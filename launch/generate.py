@@ -104,6 +104,7 @@ def talk(conversation: Conversation, audio: UserAudio, *, out: Path, text: Path 
 
 def generate(arguments: argparse.Namespace) -> None:
     """The whole command, once its arguments are read."""
+    device = chosen_device(arguments.device)  # may start this process over
     problems = _path_problems(arguments)
     audio = saved = None
     try:
@@ -121,7 +122,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if problems or audio is None:
         raise UserError(problems)
 
-    source = open_source(folder, checkpoint, chosen_device(arguments.device))
+    source = open_source(folder, checkpoint, device)
     talker = load_talker(source)
     for line in talker.lines:
         print(line)

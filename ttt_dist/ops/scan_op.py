@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,8 @@ _INPUTS = (
     "Tensor[] pending, Tensor end, int mini_batch_size, bool causal, float eps, int group_size, "
     "bool compiled"
 )
-_TENSORS, _ARGUMENTS = 9, 14  # how many of them are tensors or lists of tensors, and in all
+_TENSORS = 9  # how many of them are tensors or lists of tensors
+_ARGUMENTS = len(fields(ScanInputs))
 
 # Compilers hand the operators tensors with the strides that eager code would.
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
