@@ -1,5 +1,5 @@
 # make train       the demo: set-up, base checkpoint, training on every GPU, or on 2 CPU ranks
-# make test        all tests (CI runs this); test-fast: without those that start several processes
+# make test        all but slow ones and faults (CI runs this); test-fast: without those that start several processes
 # make test-faults what happens when a run is killed, preempted or fed bad input (CI runs this too)
 # make setup       .venv with the pinned packages; another torch build by TORCH, e.g. a CUDA index:
 #                  make setup TORCH="torch==2.11.0 --index-url https://YOUR-INDEX/cu130"
@@ -38,7 +38,7 @@ test-fast: setup
 	$(PY) -m pytest tests -m "not slow and not gpu and not faults and not distributed and not integration"
 
 test-faults: setup
-	$(PY) -m pytest tests -m "faults and not gpu"
+	$(PY) -m pytest tests -m "faults and not slow and not gpu"
 
 test-slow: setup
 	$(PY) -m pytest tests -m "slow"

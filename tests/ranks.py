@@ -49,6 +49,8 @@ def run_command(
             kill_job(process)
             out, err = process.communicate()
             raise AssertionError(f"{command} took over {timeout} s\n{out}\n{err}") from None
+        finally:
+            kill_job(process)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
@@ -71,6 +73,8 @@ def start_command(
 def kill_job(process: subprocess.Popen[str]) -> None:
     """SIGKILL for a job and all its descendants: torchrun puts each rank into a session of its
     own, so killing torchrun's process group would leave the ranks running."""
+    if process.poll() is not None:  # its id may be another process's by now
+        return
     doomed = [process.pid, *descendants(process.pid)]
     for pid in doomed:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,11 +58,12 @@ def interrupt(
     """Start a command that trains into `folder`; `act` on its process once steps are logged."""
     deadline = time.monotonic() + TIMEOUT
     with start_command(list(command), **environment) as process:
-        while process.poll() is None and len(logged_steps(folder)) < after:
-            assert time.monotonic() < deadline, "no step was logged in time"
-            time.sleep(0.05)
-        act(process.pid)
         try:
+            while process.poll() is None and len(logged_steps(folder)) < after:
+                assert time.monotonic() < deadline, "no step was logged in time"
+                time.sleep(0.05)
+            assert process.poll() is None, process.communicate()
+            act(process.pid)
             out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
         finally:
             kill_job(process)
@@ -105,7 +108,10 @@ def assert_no_process_of(folder: Path) -> None:
     """Orphans get a moment to see that they are."""
     deadline = time.monotonic() + 10.0
     while left := processes_of(folder):
-        assert time.monotonic() < deadline, f"processes {left} are left behind"
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"processes {left} were left behind")
         time.sleep(0.1)
 
 

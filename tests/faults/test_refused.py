@@ -43,7 +43,6 @@ def base_with(demo_base: Path, folder: Path, weights: bytes | dict[str, torch.Te
 @pytest.fixture(scope="module")
 def jobs(setting, demo_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("refused")
-    run_dir = f"run_dir={folder / 'run'}"
 
     twice = folder / "twice.yaml"
     twice.write_text(DEMO.read_text() + "\nmax_steps: 3\n")
@@ -70,25 +69,24 @@ def jobs(setting, demo_base, tmp_path_factory):
     write_manifest(checkpoint, {name: hash_file(checkpoint / name) for name in names})
 
     starts = {
-        "duplicate key": [str(twice), run_dir],
-        "wrong keys": [run_dir, *wrong],
-        "wrong base": [run_dir, base_with(demo_base, folder / "base", tensors)],
+        "duplicate key": [],
+        "wrong keys": wrong,
+        "wrong base": [base_with(demo_base, folder / "base", tensors)],
         "pickle as base": [
-            run_dir,
-            base_with(demo_base, folder / "pickle", pickle.dumps(Planted(folder / "by-base"))),
+            base_with(demo_base, folder / "pickle", pickle.dumps(Planted(folder / "by-base")))
         ],
-        "header bomb": [run_dir, base_with(demo_base, folder / "bomb", bomb)],
+        "header bomb": [base_with(demo_base, folder / "bomb", bomb)],
         "planted metadata": [f"run_dir={run.folder}", "resume=true"],
         "unwritable": ["run_dir=/proc/no-folder-can-be-made-here/run"],
-        "existing": [f"run_dir={setting.whole.folder}"],
+        "existing": [f"run_dir={copy_of(setting.whole, folder / 'existing', 2).folder}"],
     }
-    common = setting.arguments
     commands = {
-        name: [*arguments[:1], *common, *arguments[1:]]
-        if arguments[0].endswith(".yaml")
-        else [*common, *arguments]
+        # A folder of its own each: what one leaves may not be what another meets. The last word on
+        # a key counts.
+        name: [*setting.arguments, f"run_dir={folder / 'runs' / name}", *arguments]
         for name, arguments in starts.items()
     }
+    commands["duplicate key"].insert(0, str(twice))
     return side_by_side(commands), folder
 
 
@@ -120,8 +118,8 @@ def test_a_start_is_refused_with_its_cause(jobs, name, wanted):
 def test_refused_starts_leave_no_run_folder_and_run_nobodys_code(jobs):
     found = {path.name for path in jobs[1].iterdir()}
     assert found & {"by-metadata", "by-base"} == set()
-    status = jobs[1] / "run" / "status.json"
-    # Weights are read once the run folder stands: it says why the run failed, and no more.
-    if status.exists():
-        assert json.loads(status.read_text())["state"] == "failed"
-        assert not (jobs[1] / "run" / "checkpoints").exists()
+    runs = jobs[1] / "runs"
+    # A base's tensors are looked at once the run folder stands: it says why the run failed.
+    assert [path.name for path in runs.iterdir()] == ["wrong base"]
+    assert json.loads((runs / "wrong base" / "status.json").read_text())["state"] == "failed"
+    assert not (runs / "wrong base" / "checkpoints").exists()

@@ -21,9 +21,10 @@ import pytest
 from tests.faults import slurm_stub
 from tests.ranks import REPO, kill_job, start_command
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 SCRIPT = REPO / "launch" / "slurm" / "train.sbatch"
-JOB, STEPS = "4711", 12
+# The port at which its nodes meet follows from a job's number: another for each run of the tests.
+JOB, STEPS = str(os.getpid()), 12
 
 
 @dataclass
@@ -62,7 +63,10 @@ class Cluster:
 
     def run(self, *arguments: str, **settings) -> tuple[int, str, str]:
         with self.start(*arguments, **settings) as process:
-            out, err = process.communicate(timeout=240)
+            try:
+                out, err = process.communicate(timeout=240)
+            finally:
+                kill_job(process)
         return process.returncode, out, err
 
     def noted(self) -> list[str]:

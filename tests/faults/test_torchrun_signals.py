@@ -19,9 +19,9 @@ from subprocess import Popen
 import pytest
 
 from launch.supervise import AFTER_SECOND_INTERRUPT, SAME_KEY_PRESS, descendants
-from tests.ranks import REPO, start_command
+from tests.ranks import REPO, run_command, start_command
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
 STANDIN = Path(__file__).with_name("standin.py")
 RANKS = 2
 # Seconds for what takes 1 to 5 on idle cores, and 30 s where torchrun's own time is at work.
@@ -207,7 +207,6 @@ def test_output_of_each_rank_is_kept_where_log_dir_says(tmp_path):
 
 def test_several_nodes_need_to_know_where_to_meet(tmp_path):
     command = [str(REPO / "torchrun.sh"), str(STANDIN), str(tmp_path), "stop"]
-    with start_command(command, NPROC="2", NNODES="2", NODE_RANK="1") as process:
-        _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2
-    assert err.startswith("NNODES=2 needs RDZV_ENDPOINT too")
+    done = run_command(command, timeout=PATIENCE, NPROC="2", NNODES="2", NODE_RANK="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("NNODES=2 needs RDZV_ENDPOINT too")

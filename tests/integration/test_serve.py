@@ -135,15 +135,21 @@ def test_a_page_is_served_to_itself_alone(server):
     asyncio.run(asyncio.wait_for(look(), SECONDS))
 
 
-def test_what_is_no_audio_ends_that_conversation_alone(server):
-    async def send(data: bytes) -> aiohttp.WSMessage:
-        url = f"http://127.0.0.1:{server.port}/api/chat"
+def send_no_audio(port: int) -> aiohttp.WSMessage:
+    """The server's answer."""
+
+    async def send() -> aiohttp.WSMessage:
+        url = f"http://127.0.0.1:{port}/api/chat"
         async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
             assert await socket.receive_bytes() == b"\0"
-            await socket.send_bytes(data)
+            await socket.send_bytes(b"\1no Opus" * 20)
             return await socket.receive()
 
-    message = asyncio.run(asyncio.wait_for(send(b"\1no Opus" * 20), SECONDS))
+    return asyncio.run(asyncio.wait_for(send(), SECONDS))
+
+
+def test_what_is_no_audio_ends_that_conversation_alone(server):
+    message = send_no_audio(server.port)
     assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1003)
     chat(server.port, user(3))
 
@@ -170,6 +176,7 @@ def test_sigterm_ends_it_in_the_middle_of_a_conversation(server):
                 aiohttp.WSMsgType.CLOSED,
             )
 
+    send_no_audio(server.port)
     asyncio.run(asyncio.wait_for(interrupted(), SECONDS))
     out, err = server.process.communicate(timeout=SECONDS)
     assert server.process.returncode == 0, err

@@ -41,7 +41,7 @@ def trained(base, tmp_path) -> tuple[Path, TTTMoshi]:
     return save_run(base, tmp_path / "run")
 
 
-def save_run(base: Path, run: Path) -> tuple[Path, TTTMoshi]:
+def save_run(base: Path, run: Path, *settings: str) -> tuple[Path, TTTMoshi]:
     """A run folder with a checkpoint of random weights, none of them zero, and the model."""
     checkpoint = run / "checkpoints" / "step-000002"
     config = load_config(
@@ -49,6 +49,7 @@ def save_run(base: Path, run: Path) -> tuple[Path, TTTMoshi]:
         [
             *(f"moshi_paths.hf_repo_id={base}", f"run_dir={run}", "device=cpu"),
             *("full_finetuning=false", "lora.enable=true", "lora.rank=5", "lora.scaling=1.5"),
+            *settings,
         ],
     )
     model = lay_out_model(config, LM_CONFIG, None, torch.float32)
@@ -191,3 +192,15 @@ def test_adapters_without_ttt_need_a_base_without(trained, tmp_path, capsys):
     assert f"--base-only: the run's base, {whole}/model.safetensors, holds TTT layers" in found
     main([str(later), "--adapters-only"])
     assert any(map(is_ttt_parameter, load_file(later / "export-adapters-step-000002" / FILE)))
+
+
+def test_a_run_without_ttt_layers_keeps_the_window_that_it_trained_with(base, tmp_path):
+    """`ttt.layers: none` cuts attention in all layers; the release says something else."""
+    run, _ = save_run(base, tmp_path / "run", "ttt.enable=true", "ttt.layers=none")
+    out = tmp_path / "out"
+    main([str(run), "--merge-lora", "--out", str(out)])
+    released = json.loads((base / "config.json").read_text())["context"]
+    config = json.loads((out / "config.json").read_text())
+    assert "ttt" not in config
+    assert config["context"] == load_config(run / "config.yaml").ttt.non_ttt_layer_context
+    assert config["context"] != released
