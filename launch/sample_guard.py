@@ -8,8 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from parallel.reduce import highest_over_ranks
-from ttt_dist.data.batches import Step
-from ttt_dist.data.dataset import PieceDataset
+from ttt_dist.data.batches import SampledStep, Samples
 
 _SHOWN = 4  # pieces in a message
 
@@ -35,7 +34,7 @@ class SampleGuard:
         """What a checkpoint keeps of it."""
         return {"skipped_samples": self.skipped}
 
-    def leave_out(self, step: Step, pieces: PieceDataset) -> list[str]:
+    def leave_out(self, step: SampledStep, pieces: Samples) -> list[str]:
         """Agree with all other ranks on what is left out of a step; all call it together.
 
         Ranks of one tp group hold the same pieces, and a disk may fail one of them alone: what any

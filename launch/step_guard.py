@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from launch.step import StepLoss
-from ttt_dist.data.dataset import PieceDataset
+from ttt_dist.data.batches import Samples
 
 _SHOWN = 4  # samples in a message
 _DECAY = 0.98  # of the running gradient norm: about the last 50 steps
@@ -100,7 +100,7 @@ def describe_bad_step(
     problem: str | None,
     loss: StepLoss,
     samples: list[list[int]],
-    pieces: PieceDataset,
+    pieces: Samples,
 ) -> BadStep:
     """What to tell of a bad step; all ranks call it together.
 

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from ttt_dist.data.ahead import ReadAhead
 from ttt_dist.data.cache import BrokenPieceError
 from ttt_dist.data.dataset import GlobalOrder, PieceDataset
+
+
+class Samples(Protocol):
+    """A dataset whose samples have numbers."""
+
+    def describe(self, index: int) -> str:
+        """Where sample `index` comes from, for messages."""
+
+
+class SampledStep(Protocol):
+    """A rank's share of a step, as far as its samples go."""
+
+    @property
+    def samples(self) -> list[list[int]]:
+        """Of each microbatch, in the order in which they are computed."""
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """Samples that couldn't be read, and why."""
+
+    def leave_out(self, broken: Iterable[int]) -> None:
+        """Take these samples out of the loss, wherever they stand here."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +58,15 @@ class Step:
                     codes[place] = -1
 
 
-class StepBatches:
+class StepBatches(ReadAhead[Step]):
     """The microbatches of each step, for one data-parallel rank; endless.
 
     Step s takes samples `[s·G, (s+1)·G)` of the order, whatever the layout is: microbatch m of rank
     r is the r-th of `dp_size` consecutive batches inside the m-th part of the step. A run resumes
     by `start_step` alone. Ranks of one tp group pass the same `dp_rank` and get the same batches.
 
-    Iterating yields steps of G / (dp_size · batch_size) microbatches. Use it as a context manager,
-    or call `close()`: it owns a thread. A piece that can't be read is given as -1 throughout, and
-    named; anything else that goes wrong in that thread is raised at the step that it belongs to.
+    Iterating yields steps of G / (dp_size · batch_size) microbatches. A piece that can't be read is
+    given as -1 throughout, and named.
 
     Args:
         dataset, order: the samples and their order; the order covers the dataset.
@@ -71,7 +92,7 @@ class StepBatches:
         start_step: int = 0,
         prefetch: int = 2,
     ) -> None:
-        _check_layout(batch_size, dp_rank, dp_size)
+        check_layout(batch_size, dp_rank, dp_size)
         together = batch_size * dp_size
         if global_batch_size < 1 or global_batch_size % together != 0:
             raise ValueError(
@@ -79,50 +100,12 @@ class StepBatches:
                 f"batch_size × data-parallel ranks = {batch_size} × {dp_size} = {together}: "
                 f"{together}, {2 * together}, {3 * together}, …"
             )
-        if start_step < 0 or prefetch < 0:
-            raise ValueError(
-                f"start_step, prefetch: found {start_step}, {prefetch}, allowed is 0 or above"
-            )
         self._dataset = dataset
         self._order = order
         self._global_batch_size = global_batch_size
         self._batch_size = batch_size
         self._offsets = range(dp_rank * batch_size, global_batch_size, together)
-        self._next_step = start_step
-        self._prefetch = prefetch
-        self._ahead: deque[Future[Step]] = deque()
-        # One worker, so steps are read in order and the order's caches have one user at a time.
-        self._worker: ThreadPoolExecutor | None = None
-        self._closed = False
-        if prefetch > 0:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="step-batches")
-            self._fill()
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
-
-    def __next__(self) -> Step:
-        if self._closed:
-            raise ValueError("these batches are closed; build new ones with start_step")
-        if self._worker is None:
-            self._next_step += 1
-            return self._read(self._next_step - 1)
-        step = self._ahead.popleft().result()
-        self._fill()
-        return step
-
-    def close(self) -> None:
-        """End the thread after the step that it is reading; may be called more than once."""
-        self._closed = True
-        self._ahead.clear()
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def _fill(self) -> None:
-        assert self._worker is not None
-        while len(self._ahead) < self._prefetch:
-            self._ahead.append(self._worker.submit(self._read, self._next_step))
-            self._next_step += 1
+        super().__init__(start_step, prefetch)
 
     def _read(self, step: int) -> Step:
         first = step * self._global_batch_size
@@ -140,12 +123,6 @@ class StepBatches:
         except BrokenPieceError as error:
             broken[index] = str(error)
             return _empty_piece(self._dataset)
-
-    def __enter__(self) -> StepBatches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def eval_batches(
@@ -166,7 +143,7 @@ def eval_batches(
     Args:
         limit: take that many pieces, spread evenly over the dataset; None: all.
     """
-    _check_layout(batch_size, dp_rank, dp_size)
+    check_layout(batch_size, dp_rank, dp_size)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: found {limit}, allowed is 1 or above, or None")
     size = len(dataset)
@@ -183,7 +160,8 @@ def _empty_piece(dataset: PieceDataset) -> torch.Tensor:
     return torch.full((dataset.rows, dataset.frames), -1, dtype=torch.int64)
 
 
-def _check_layout(batch_size: int, dp_rank: int, dp_size: int) -> None:
+def check_layout(batch_size: int, dp_rank: int, dp_size: int) -> None:
+    """Raise ValueError where these can't be a rank's batch size and place."""
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, allowed is 1 or above")
     if not 0 <= dp_rank < dp_size:
