@@ -18,6 +18,7 @@ left out, a recording that is named twice is met twice.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,10 +30,31 @@ from tqdm import tqdm
 from launch.config import load_config, parse_command_line
 from launch.errors import UserError, exit_with
 from launch.schema import TrainConfig
-from ttt_dist.data.check import FileReport, check_contents, collect_notes, too_few_pieces
+from ttt_dist.data.check import (
+    FileReport,
+    check_contents,
+    collect_notes,
+    too_few_pieces,
+    too_few_recordings,
+)
 from ttt_dist.data.manifest import all_recordings, scan_sources
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class DataUse:
+    """What is read, and how training would.
+
+    Attributes:
+        specs: specifications by the name to call them.
+        duration_sec: length of a piece.
+        lanes_a_rank: recordings that a rank follows side by side at least; None: it takes pieces.
+    """
+
+    specs: dict[str, str]
+    duration_sec: float
+    lanes_a_rank: int | None = None
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,8 +71,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_data(arguments: argparse.Namespace) -> tuple[dict[str, str], float]:
-    """Specifications by the name to call them, and the length of a piece in seconds.
+def find_data(arguments: argparse.Namespace) -> DataUse:
+    """What the command line asks for.
 
     Raises:
         UserError: the configuration has mistakes, or configurations and manifests are mixed.
@@ -70,7 +92,7 @@ def find_data(arguments: argparse.Namespace) -> tuple[dict[str, str], float]:
             duration = default
         if not duration > 0:
             raise UserError(f"--duration-sec: found {duration:g}, allowed are seconds above 0")
-        return specs, duration
+        return DataUse(specs, duration)
     if manifests or len(configs) > 1:
         raise UserError("command line: allowed are manifests, or one CONFIG (.yaml) and key=value")
     if arguments.duration_sec is not None:
@@ -78,17 +100,16 @@ def find_data(arguments: argparse.Namespace) -> tuple[dict[str, str], float]:
     config = load_config(*parse_command_line([*configs, *overrides]))
     named = {"data.train_data": config.data.train_data, "data.eval_data": config.data.eval_data}
     specs = {key: spec for key, spec in named.items() if spec or key == "data.train_data"}
-    return specs, config.duration_sec
+    lanes = config.batch_size if config.ttt.persistent_states else None
+    return DataUse(specs, config.duration_sec, lanes)
 
 
-def check_data(
-    specs: dict[str, str], duration_sec: float, *, ranks: int, decode: bool
-) -> tuple[list[str], list[str], list[str]]:
+def check_data(use: DataUse, *, ranks: int, decode: bool) -> tuple[list[str], list[str], list[str]]:
     """Problems, notes and a summary of each specification."""
     problems: list[str] = []
     summary: list[str] = []
     everything: list[FileReport] = []
-    for field, spec in specs.items():
+    for field, spec in use.specs.items():
         sources, found = scan_sources(spec, field=field)
         problems += found
         recordings = all_recordings(sources)
@@ -97,14 +118,17 @@ def check_data(
         ) as bar:
             reports = check_contents(recordings, decode=decode, progress=bar.update)
         problems += [problem for report in reports for problem in report.problems]
-        pieces = sum(report.pieces(duration_sec) for report in reports)
+        pieces = sum(report.pieces(use.duration_sec) for report in reports)
         # What is shared by all ranks of a step; an evaluation fills up with empty pieces.
         if field != "data.eval_data":
-            problems += too_few_pieces(pieces, ranks, duration_sec, field)
+            if use.lanes_a_rank is None:
+                problems += too_few_pieces(pieces, ranks, use.duration_sec, field)
+            else:
+                problems += too_few_recordings(len(reports), use.lanes_a_rank * ranks, field)
         hours = sum(report.seconds for report in reports) / 3600
         summary.append(
             f"{field}: recordings: {len(reports)}, hours: {hours:.2f}, pieces of "
-            f"{duration_sec:g} s: {pieces}"
+            f"{use.duration_sec:g} s: {pieces}"
         )
         everything += reports
     return problems, collect_notes(everything), summary
@@ -117,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
         if parsed.ranks < 1:
             raise UserError(f"--ranks: found {parsed.ranks}, allowed is 1 or above")
         problems, notes, summary = check_data(
-            *find_data(parsed), ranks=parsed.ranks, decode=parsed.decode
+            find_data(parsed), ranks=parsed.ranks, decode=parsed.decode
         )
     except UserError as error:
         exit_with(UserError(error.problems, title="Can't check the data"))

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from moshi.models.loaders import CheckpointInfo
 from tqdm import tqdm
 
 from launch.config import TrainConfig, load_config, parse_command_line
@@ -47,6 +48,12 @@ def read_splits(config: TrainConfig, *, check_files: bool) -> dict[str, tuple[So
     return splits
 
 
+def codes_spec(config: TrainConfig, release: CheckpointInfo) -> CodesSpec:
+    """What a configuration's codes are: pieces, or whole recordings where states are carried."""
+    whole = config.ttt.persistent_states
+    return CodesSpec.from_release(release, duration_sec=None if whole else config.duration_sec)
+
+
 def open_cache(
     config: TrainConfig, splits: dict[str, tuple[Source, ...]], spec: CodesSpec
 ) -> CodesCache:
@@ -64,7 +71,7 @@ def prepare(config: TrainConfig, *, rank: int, world_size: int, device: torch.de
     # Every rank looks at its own files anyway; one is enough for the check of all of them.
     splits = read_splits(config, check_files=rank == 0)
     info = open_release(**config.moshi_paths.model_dump())
-    spec = CodesSpec.from_release(info, duration_sec=config.duration_sec)
+    spec = codes_spec(config, info)
     cache = open_cache(config, splits, spec)
     recordings = [recording for sources in splits.values() for recording in all_recordings(sources)]
     share = share_of(recordings, rank, world_size)
@@ -86,15 +93,16 @@ def prepare(config: TrainConfig, *, rank: int, world_size: int, device: torch.de
             world_size=world_size,
             progress=advance,
         )
-    return _summary(report, cache.folder, rank, world_size)
+    return _summary(report, cache, rank, world_size)
 
 
-def _summary(report: EncodeReport, folder: Path, rank: int, world_size: int) -> str:
+def _summary(report: EncodeReport, cache: CodesCache, rank: int, world_size: int) -> str:
     who = f"rank {rank} of {world_size}: " if world_size > 1 else ""
+    cut = "whole" if cache.spec.frames is None else f"{report.pieces} pieces"
     return (
-        f"{who}{report.recordings} recordings, {report.pieces} pieces, {report.audio_sec:.0f} s of "
+        f"{who}{report.recordings} recordings, {cut}, {report.audio_sec:.0f} s of "
         f"audio; encoded now: {report.encoded} ({report.encoded_sec:.0f} s), already cached: "
-        f"{report.cached}; {report.work_sec:.1f} s of work; cache: {folder}"
+        f"{report.cached}; {report.work_sec:.1f} s of work; cache: {cache.folder}"
     )
 
 

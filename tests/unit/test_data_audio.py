@@ -1,5 +1,7 @@
 """From stereo audio to codes, against what moshi-finetune's reader gives."""
 
+import copy
+import dataclasses
 import json
 import math
 
@@ -20,7 +22,13 @@ from tests.unit.data_cases import (
 )
 from tests.wav import write_wav
 from ttt_dist.data import audio
-from ttt_dist.data.audio import FRAME_SAMPLES, StereoFile, encode_pieces, valid_frames
+from ttt_dist.data.audio import (
+    FRAME_SAMPLES,
+    StereoFile,
+    encode_pieces,
+    encode_whole,
+    valid_frames,
+)
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.encode import encode_recording
 from ttt_dist.data.interleave import (
@@ -156,3 +164,81 @@ def test_damaged_audio_is_named(tmp_path):
     write_wav(path, stereo(1.0)[:1])
     with pytest.raises(DataError, match="1 channel"):
         StereoFile(path)
+
+
+@pytest.mark.parametrize("seek", [True, False])
+@pytest.mark.parametrize("rate", [16_000, 24_000, 44_100])
+def test_blocks_are_the_file_resampled_at_once(tmp_path, monkeypatch, rate, seek):
+    if not seek:
+        monkeypatch.setattr(audio, "_EXACT_SEEK", set())
+    path = tmp_path / "a.wav"
+    write_wav(path, stereo(23.3, rate=rate), rate)
+    blocks = list(StereoFile(path).blocks())
+    assert [block.shape[1] for block in blocks] == [240_000, 240_000, round(3.3 * 24_000)]
+    whole = sphn.read(str(path))[0]
+    if rate != 24_000:
+        whole = sphn.resample(whole, rate, 24_000)[:, : round(23.3 * 24_000)]
+    # The resampler's transforms round in float32, to 1e-7 of samples of up to 1; a block that is
+    # off by one sample, or resampled without its neighbours, differs by 1e-2 and more.
+    np.testing.assert_allclose(np.concatenate(blocks, axis=1), whole, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("seconds", [10, 20])
+def test_a_file_of_whole_blocks_has_no_other(tmp_path, seconds):
+    path = tmp_path / "a.wav"
+    write_wav(path, stereo(seconds))
+    assert [block.shape[1] for block in StereoFile(path).blocks()] == [240_000] * (seconds // 10)
+
+
+def test_damaged_audio_is_named_by_blocks_too(tmp_path):
+    path = tmp_path / "a.wav"
+    write_wav(path, stereo(24.0))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"a\.wav"):
+        list(StereoFile(path).blocks())
+
+
+@pytest.mark.parametrize("samples", [1, 1919, 240_000, 240_001, 37 * 24_000 + 777])
+def test_mimi_in_blocks_is_mimi_in_one_call(samples):
+    """Also where its attention window (10 s) reaches back into the block before."""
+    mimi = copy.deepcopy(small_mimi()).double()
+    recording = stereo(samples / 24_000).astype(np.float64)
+    blocks = [recording[:, first : first + 240_000] for first in range(0, samples, 240_000)]
+    codes = encode_whole(mimi, blocks)
+    with torch.no_grad():
+        once = mimi.encode(torch.from_numpy(recording)[:, None])  # [2, 8, F]
+    assert codes.dtype == torch.int32
+    assert codes.shape == (16, math.ceil(samples / FRAME_SAMPLES))
+    # In float64 no code is as close to a tie as rounding, so all are equal; in float32 one of 7,400
+    # was another.
+    assert torch.equal(codes, once.flatten(0, 1).int())
+    assert not mimi.is_streaming
+    assert encode_whole(mimi, []).shape == (16, 0)
+
+
+def test_a_recording_may_stay_whole(tmp_path):
+    manifest = write_dataset(tmp_path, [25.3])
+    recording = open_sources(manifest)[0].recordings[0]
+    words = parse_alignments(recording.alignments_path.read_bytes(), recording.alignments_path)
+    spec = dataclasses.replace(SPEC, duration_sec=None)
+    codes = encode_recording(recording, words, small_codec(), spec)
+    assert codes.dtype == torch.int32
+    assert codes.shape == (1, 17, 317)  # 25.3 s are 316.25 frames
+    samples = sphn.read(str(recording.path))[0]
+    with torch.no_grad():
+        once = small_mimi().encode(torch.from_numpy(samples)[:, None]).flatten(0, 1)
+    # See `test_a_whole_recording`: latents differ by rounding, and a code close to a tie may flip.
+    assert (codes[0, 1:] == once).float().mean() >= 0.99
+    text = text_stream(
+        piece_words(words, 0.0, 25.3),
+        317,
+        lambda word: tokenize_word(small_tokenizer(), word),
+        TextIds(),
+    )
+    assert codes[0, 0].tolist() == text
+    pieces = encode_recording(recording, words, small_codec(), SPEC)
+    assert not torch.equal(codes[0, 0, :300], pieces[:12, 0].flatten()), "words cross borders"
+    # A piece starts without the past, so but for the first its codes are others'.
+    assert (codes[0, 1:, :25] == pieces[0, 1:]).float().mean() >= 0.99
+    assert (codes[0, 1:, 25:300] == pieces[1:12, 1:].permute(1, 0, 2).flatten(1)).float().mean() < 1

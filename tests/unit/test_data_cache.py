@@ -18,6 +18,9 @@ from ttt_dist.data.dataset import PieceDataset
 from ttt_dist.data.encode import encode_missing
 from ttt_dist.data.interleave import TextIds
 from ttt_dist.data.manifest import DataError
+from ttt_dist.data.recordings import RecordingDataset
+
+WHOLE = dataclasses.replace(SPEC, duration_sec=None)
 
 
 def test_the_key_follows_everything_that_codes_depend_on(tmp_path):
@@ -27,6 +30,7 @@ def test_the_key_follows_everything_that_codes_depend_on(tmp_path):
     keys = [cache_in(folder).key(recording)]
     for change in (
         {"duration_sec": 2.5},
+        {"duration_sec": None},
         {"codebooks": 4},
         {"text_ids": TextIds(padding=4)},
         {"mimi": "other"},
@@ -41,6 +45,12 @@ def test_the_key_follows_everything_that_codes_depend_on(tmp_path):
     recording.alignments_path.write_text(content.replace("0.1,", "0.2,"))
     keys.append(cache_in(folder).key(recording))
     assert len(set(keys)) == len(keys)
+
+
+def test_the_keys_of_today_are_found_tomorrow():
+    """Codes of hours are cached: a key that changes without need has them encoded anew."""
+    assert SPEC.fingerprint == "629ef931db05049d94d186c4ab360cc8c96bfab6"
+    assert WHOLE.fingerprint == "7f6cfe96de626253cadbc1e9aa2a8efa10ce189b"
 
 
 def test_the_key_is_the_content_not_the_place_or_time(tmp_path):
@@ -131,10 +141,11 @@ def _padded_header(path: Path) -> None:
         _padded_header,
     ],
 )
-def test_damaged_codes_are_named_and_encoded_anew(tmp_path, caplog, damage):
+@pytest.mark.parametrize("spec", [SPEC, WHOLE], ids=["pieces", "whole"])
+def test_damaged_codes_are_named_and_encoded_anew(tmp_path, caplog, damage, spec):
     sources = open_sources(write_dataset(tmp_path / "data", [3.0]))
     recordings = sources[0].recordings
-    cache = cache_in(tmp_path / "cache")
+    cache = cache_in(tmp_path / "cache", spec)
     encode_missing(recordings, cache, small_codec)
     path = cache.path(cache.key(recordings[0]))
     good = path.read_bytes()
@@ -171,6 +182,32 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         cache.write("aa", codes + 1)
     assert [entry.name for entry in (tmp_path / "cache" / "aa").iterdir()] == ["aa.safetensors"]
     assert cache.path("aa").read_bytes() == before
+
+
+def test_whole_recordings_lie_beside_pieces(tmp_path):
+    sources = open_sources(write_dataset(tmp_path / "data", [5.0, 0.01]))
+    for spec in (SPEC, WHOLE):
+        report = encode_missing(
+            sources[0].recordings, cache_in(tmp_path / "cache", spec), small_codec
+        )
+        assert report.encoded == 2
+    for spec in (SPEC, WHOLE):
+        again = encode_missing(
+            sources[0].recordings, cache_in(tmp_path / "cache", spec), small_codec
+        )
+        assert again.encoded == 0
+    assert len(PieceDataset(sources, cache_in(tmp_path / "cache"))) == 4
+    whole = RecordingDataset(sources, cache_in(tmp_path / "cache", WHOLE), 25)
+    assert [whole.frames_of(n) for n in range(2)] == [63, 1]
+    assert whole.codes(0).shape == (17, 63)
+    with pytest.raises(ValueError, match="duration_sec: found None"):
+        PieceDataset(sources, cache_in(tmp_path / "cache", WHOLE))
+    with pytest.raises(ValueError, match=r"duration_sec: found 2\.0, allowed is None"):
+        RecordingDataset(sources, cache_in(tmp_path / "cache"), 25)
+    path = cache_in(tmp_path, WHOLE).path("aa")
+    cache_in(tmp_path).write("aa", torch.zeros(2, SPEC.rows, SPEC.frames, dtype=torch.int32))
+    assert path.is_file()
+    assert cache_in(tmp_path, WHOLE).find("aa") is None, "two pieces are no whole recording"
 
 
 def test_codes_of_another_shape_or_type_are_not_written(tmp_path):

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from launch.check_data import check_data, find_data, parse_arguments
 from tests.unit.data_cases import open_sources, stereo, write_dataset
 from tests.wav import write_wav
-from ttt_dist.data.check import check_contents, collect_notes, too_few_pieces
+from ttt_dist.data.check import check_contents, collect_notes, too_few_pieces, too_few_recordings
 from ttt_dist.data.manifest import DataError, all_recordings, scan_sources
 
 
@@ -154,3 +155,26 @@ def test_fewer_pieces_than_ranks():
     assert too_few_pieces(4, 4, 10.0, "data.train_data") == []
     (problem,) = too_few_pieces(1, 4, 10.0, "data.train_data")
     assert "holds 1 piece of 10 s for 4 data-parallel ranks" in problem
+
+
+def test_fewer_recordings_than_lanes():
+    assert too_few_recordings(4, 4, "data.train_data") == []
+    (problem,) = too_few_recordings(1, 4, "data.train_data")
+    assert "holds 1 recording for 4 lanes" in problem
+    assert "to at most 1 lane in all, or set ttt.persistent_states: false" in problem
+
+
+def test_lanes_are_asked_for_where_states_are_carried(tmp_path):
+    manifest = write_dataset(tmp_path, [1.0] * 3)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"run_dir: {tmp_path}/run\ndata: {{train_data: {manifest}}}\n"
+        "batch_size: 2\nfull_finetuning: true\n"
+    )
+    arguments = [str(config), "duration_sec=0.25"]
+    for more, too_few in (([], False), (["ttt.persistent_states=true"], True)):
+        parsed = parse_arguments([*arguments, *more, "--ranks", "2"])
+        problems, _, summary = check_data(find_data(parsed), ranks=parsed.ranks, decode=False)
+        told = [problem for problem in problems if "holds 3 recordings for 4 lanes" in problem]
+        assert len(problems) == len(told) == too_few
+        assert summary[0].endswith("pieces of 0.25 s: 12")

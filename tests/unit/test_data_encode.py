@@ -1,5 +1,6 @@
 """Encoding what the cache lacks: once, split over ranks, with every mistake told."""
 
+import dataclasses
 import os
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from moshi.models.compression import MimiModel
 from moshi.models.loaders import CheckpointInfo
 from moshi.models.loaders import _mimi_config as MIMI_CONFIG
 
-from tests.unit.data_cases import cache_in, open_sources, small_codec, stereo, write_dataset
+from tests.unit.data_cases import SPEC, cache_in, open_sources, small_codec, stereo, write_dataset
 from tests.wav import write_wav
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset, default_cache_folder, open_pieces
@@ -23,6 +24,7 @@ from ttt_dist.data.encode import (
 )
 from ttt_dist.data.interleave import TextIds
 from ttt_dist.data.manifest import DataError
+from ttt_dist.data.recordings import open_recordings
 
 
 @pytest.fixture
@@ -142,6 +144,42 @@ def test_opening_pieces_on_two_ranks(tmp_path):
         assert torch.equal(train_0[index], train_1[index])
     with pytest.raises(IndexError):
         train_0[4]
+
+
+def test_opening_whole_recordings(tmp_path, encoded_pieces):
+    sources = open_sources(write_dataset(tmp_path / "data", [2.0, 11.0]))
+    spec = dataclasses.replace(SPEC, duration_sec=None)
+    opened = [
+        open_recordings(
+            {"train": sources, "eval": sources[:1]},
+            cache_in(tmp_path / "cache", spec),
+            small_codec,
+            piece_frames=32,
+            rank=0,
+            world_size=1,
+            agree=lambda problems: problems,
+            max_encode_sec=limit,
+        )
+        for limit in (100.0, 0.0)
+    ]
+    # Longest first, in blocks of 10 s, both channels; the second time nothing.
+    assert encoded_pieces == [(2, 1, 240_000), (2, 1, 24_960), (2, 1, 48_000)]
+    for found in opened:
+        assert list(found) == ["train", "eval"]
+        train = found["train"]
+        assert [train.frames_of(n) for n in range(2)] == [25, 138]  # 11 s are 137.5 frames
+        assert (len(train), train.codes(1).shape) == (6, (17, 138))
+    with pytest.raises(DataError, match="the disk of rank 1"):
+        open_recordings(
+            {"train": sources},
+            cache_in(tmp_path / "cache", spec),
+            must_not_load,
+            piece_frames=32,
+            rank=0,
+            world_size=2,
+            agree=lambda problems: [*problems, "the disk of rank 1"],
+            max_encode_sec=0.0,
+        )
 
 
 def test_long_encoding_is_left_to_prepare(tmp_path):

@@ -12,10 +12,11 @@ from moshi.models.compression import MimiModel
 from safetensors.torch import save_file
 
 from launch.config import load_config
-from launch.prepare import open_cache, prepare, read_splits
+from launch.prepare import codes_spec, open_cache, prepare, read_splits
 from tests.unit.data_cases import small_mimi, small_mimi_config, small_tokenizer, write_dataset
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset
+from ttt_dist.data.recordings import RecordingDataset
 from ttt_dist.moshi.release import open_release
 
 PREPARE = Path(__file__).parents[2] / "launch" / "prepare.py"
@@ -68,6 +69,19 @@ def test_ranks_prepare_their_shares_and_a_second_run_nothing(arguments, monkeypa
     assert train[0].shape == (17, 25)
 
 
+def test_recordings_stay_whole_where_states_are_carried(arguments):
+    pieces = load_config(None, arguments)
+    whole = load_config(None, [*arguments, "ttt.persistent_states=true"])
+    lines = [prepare(config, rank=0, world_size=1, device=CPU) for config in (whole, pieces, whole)]
+    assert lines[0].startswith("5 recordings, whole, 14 s of audio; encoded now: 5 (14 s), already")
+    assert lines[1].startswith("5 recordings, 9 pieces, 14 s of audio; encoded now: 5 (14 s), alr")
+    assert lines[2].startswith("5 recordings, whole, 14 s of audio; encoded now: 0 (0 s), already")
+    splits = read_splits(whole, check_files=False)
+    spec = codes_spec(whole, open_release(**whole.moshi_paths.model_dump()))
+    recordings = RecordingDataset(splits["train"], open_cache(whole, splits, spec), 16)
+    assert [recordings.frames_of(n) for n in range(4)] == [63, 38, 25, 13]
+
+
 def test_the_cut_and_the_weights_of_a_release_belong_to_the_key(arguments):
     config = load_config(None, arguments)
     release = Path(config.moshi_paths.hf_repo_id)
@@ -77,7 +91,7 @@ def test_the_cut_and_the_weights_of_a_release_belong_to_the_key(arguments):
             open_release(str(release)), duration_sec=duration_sec
         ).fingerprint
 
-    seen = [fingerprint(), fingerprint(2.5)]
+    seen = [fingerprint(), fingerprint(2.5), fingerprint(None)]
     state = small_mimi().state_dict()
     name = next(name for name, value in state.items() if value.is_floating_point())
     save_file(state | {name: state[name] + 1e-3}, release / "mimi.safetensors")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import sphn
 import torch
 from moshi.models.compression import MimiModel
+from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
+from moshi.utils.compile import no_cuda_graph
 
 from ttt_dist.data.interleave import FRAME_RATE
 from ttt_dist.data.manifest import DataError
@@ -22,6 +25,10 @@ FRAME_SAMPLES = round(SAMPLE_RATE / FRAME_RATE)  # 1920
 _EXACT_SEEK = {".wav", ".flac"}
 # A file that ends this much before its header says is damaged, not rounded.
 _MISSING_AUDIO_SEC = 0.5
+# Whole seconds are whole samples at any rate; an even number of them is whole frames of 80 ms.
+_BLOCK_SEC = 10
+# A block is resampled with this much on either side, cut off again: the filter reaches 32 ms far.
+_CONTEXT_SEC = 1
 
 
 class StereoFile:
@@ -84,6 +91,23 @@ class StereoFile:
             if samples.shape[1] > 0:
                 yield start, samples
 
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The whole file at 24 kHz in blocks of 10 s, `[2, 240000]`; the last may be shorter.
+
+        Put together they are the file resampled at once, whatever its length. Memory is that of a
+        block, but for mp3 and ogg, which are decoded whole.
+        """
+        context = 0 if self.sample_rate == SAMPLE_RATE else _CONTEXT_SEC
+        for start in range(0, math.ceil(self.duration), _BLOCK_SEC):
+            begin = max(0, start - context)
+            samples = self.read(float(begin), float(start + _BLOCK_SEC + context - begin))
+            first = (start - begin) * SAMPLE_RATE
+            block = samples[:, first : first + _BLOCK_SEC * SAMPLE_RATE]
+            if block.shape[1] > 0:
+                yield block
+            if block.shape[1] < _BLOCK_SEC * SAMPLE_RATE:
+                return
+
 
 def valid_frames(samples: np.ndarray, frames: int) -> int:
     """Frames of a piece that hold audio: `[2, n]` at 24 kHz, at most `frames`."""
@@ -121,3 +145,50 @@ def encode_pieces(
         valid = valid_frames(piece, frames)
         codes[index, :, :valid] = encoded[index, :, :valid]
     return codes
+
+
+@torch.no_grad()
+def encode_whole(mimi: MimiModel, blocks: Iterable[np.ndarray]) -> torch.Tensor:
+    """Codes of a recording that comes in blocks, Mimi's state being carried from one to the next.
+
+    Args:
+        mimi: in eval mode; its active codebooks are those of one channel (K).
+        blocks: float32 samples `[2, n]` at 24 kHz, as `StereoFile.blocks` gives them: whole
+            frames, but for the last.
+
+    Returns:
+        int32 `[2K, F]` on the CPU, what one call for all samples would give (to rounding): the left
+        channel's codebooks, then the right's. The last frame is filled up with silence; without
+        samples, F is 0.
+    """
+    device = next(mimi.parameters()).device
+    encoded = [torch.zeros(2, mimi.num_codebooks, 0, dtype=torch.int32)]
+    # The last block has a shape of its own, which a captured graph would refuse.
+    with no_cuda_graph(), _stream(mimi, _BLOCK_SEC * SAMPLE_RATE // FRAME_SAMPLES):
+        for block in blocks:
+            missing = -block.shape[1] % FRAME_SAMPLES
+            samples = torch.from_numpy(np.pad(block, ((0, 0), (0, missing))))[:, None]
+            encoded.append(mimi.encode(samples.to(device)).to("cpu", torch.int32))  # [2, K, n]
+    return torch.cat(encoded, dim=2).flatten(0, 1)
+
+
+@contextmanager
+def _stream(mimi: MimiModel, frames: int) -> Iterator[None]:
+    """Mimi's streaming of two channels, in calls of up to `frames` frames.
+
+    moshi's key caches hold `context` steps. A call of n steps overwrites the oldest n before it
+    attends, so all but its last step would see too few; with n - 1 more, each sees its own context,
+    as without streaming.
+    """
+    assert mimi.encoder_transformer is not None
+    steps = round(frames * mimi.encoder_frame_rate / mimi.frame_rate)
+    with mimi.streaming(2):
+        for module in mimi.encoder_transformer.modules():
+            if isinstance(module, StreamingMultiheadAttention):
+                state = module._streaming_state
+                narrow = state.kv_cache.cache  # [2, B, H, context, d]
+                _, B, H, context, d = narrow.shape
+                state.kv_cache = RingKVCache(
+                    B, H, d, context + steps - 1, device=narrow.device, dtype=narrow.dtype
+                )
+        yield

@@ -3,7 +3,7 @@
 One safetensors file a recording: `codes` int32 `[N, R, T]` (N pieces, R = 1 + 2K rows) and
 `crc32` int64 `[N]`. Its name is a hash over everything the codes depend on: the bytes of the audio
 and of its alignments, Mimi's weights and configuration, the tokenizer, the cut, and the format
-version.
+version. A whole recording is one piece of its own number of frames; both lie side by side.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ class CodesSpec:
     """What codes are made with, apart from the recording itself.
 
     Attributes:
-        duration_sec: length of a piece.
+        duration_sec: length of a piece; None: recordings stay whole.
         codebooks: Mimi codebooks of one channel (K).
         text_ids: special ids of the text stream.
         mimi: hash over Mimi's weights and configuration.
         tokenizer: hash of the sentencepiece model.
     """
 
-    duration_sec: float
+    duration_sec: float | None
     codebooks: int
     text_ids: TextIds
     mimi: str
     tokenizer: str
 
     @classmethod
-    def from_release(cls, info: CheckpointInfo, *, duration_sec: float) -> CodesSpec:
+    def from_release(cls, info: CheckpointInfo, *, duration_sec: float | None) -> CodesSpec:
         """The specification for a release; reads Mimi's file once to hash it (0.4 GB: a second).
 
         Raises:
@@ -72,7 +72,7 @@ class CodesSpec:
             )
         mimi_config = json.dumps(info.mimi_config, sort_keys=True).encode()
         return cls(
-            duration_sec=float(duration_sec),
+            duration_sec=None if duration_sec is None else float(duration_sec),
             codebooks=channels_codebooks // 2,
             text_ids=TextIds.from_lm_config(info.lm_config),
             mimi=_hash_bytes(_hash_file(Path(info.mimi_weights)).encode() + mimi_config),
@@ -80,9 +80,9 @@ class CodesSpec:
         )
 
     @property
-    def frames(self) -> int:
-        """T, frames of a piece."""
-        return num_frames(self.duration_sec)
+    def frames(self) -> int | None:
+        """T, frames of a piece; None where recordings stay whole, each with its own number."""
+        return None if self.duration_sec is None else num_frames(self.duration_sec)
 
     @property
     def rows(self) -> int:
@@ -178,7 +178,7 @@ class CodesCache:
         """
         path = self.path(key)
         try:
-            codes = _open_codes(path, self.spec.rows, self.spec.frames)
+            codes = _open_codes(path, self.spec)
             if verify:
                 for piece in range(codes.num_pieces):
                     codes.read(piece)
@@ -195,11 +195,10 @@ class CodesCache:
         Raises:
             DataError: the folder cannot be written.
         """
-        expected = (self.spec.rows, self.spec.frames)
-        if codes.dtype != torch.int32 or codes.dim() != 3 or tuple(codes.shape[1:]) != expected:
+        if codes.dtype != torch.int32 or not _fits(list(codes.shape), self.spec):
             raise ValueError(
                 f"codes: found {codes.dtype} {list(codes.shape)}, allowed is int32 "
-                f"[N, {expected[0]}, {expected[1]}]"
+                f"{_expected_shape(self.spec)}"
             )
         array = np.ascontiguousarray(codes.numpy().astype("<i4", copy=False))
         checksums = [zlib.crc32(piece.tobytes()) for piece in array]
@@ -254,7 +253,18 @@ class _DamagedFileError(Exception):
     """A file is no codes file of the expected shape; the message says why."""
 
 
-def _open_codes(path: Path, rows: int, frames: int) -> CachedCodes:
+def _fits(shape: list[int], spec: CodesSpec) -> bool:
+    """Whether codes of a recording may have this shape."""
+    if len(shape) != 3 or min(shape) < 1 or shape[1] != spec.rows:
+        return False
+    return shape[0] == 1 if spec.frames is None else shape[2] == spec.frames
+
+
+def _expected_shape(spec: CodesSpec) -> str:
+    return f"[1, {spec.rows}, T]" if spec.frames is None else f"[N, {spec.rows}, {spec.frames}]"
+
+
+def _open_codes(path: Path, spec: CodesSpec) -> CachedCodes:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -270,11 +280,11 @@ def _open_codes(path: Path, rows: int, frames: int) -> CachedCodes:
         start = 8 + header_size
         codes_shape, codes_span = _tensor_entry(header, "codes", "I32")
         crc_shape, crc_span = _tensor_entry(header, "crc32", "I64")
-        pieces = crc_shape[0] if len(crc_shape) == 1 else 0
-        if pieces < 1 or codes_shape != [pieces, rows, frames]:
+        if not _fits(codes_shape, spec) or crc_shape != codes_shape[:1]:
             raise _DamagedFileError(
-                f"its codes have shape {codes_shape}, expected are [N, {rows}, {frames}]"
+                f"its codes have shape {codes_shape}, expected are {_expected_shape(spec)}"
             )
+        pieces, rows, frames = codes_shape
         lengths = (4 * pieces * rows * frames, 8 * pieces)
         spans = sorted([codes_span, crc_span])
         is_packed = spans[0][0] == 0 and spans[0][1] == spans[1][0]

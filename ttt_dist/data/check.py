@@ -104,6 +104,19 @@ def too_few_pieces(pieces: int, data_ranks: int, duration_sec: float, field: str
     ]
 
 
+def too_few_recordings(recordings: int, lanes: int, field: str) -> list[str]:
+    """Why `recordings` can't fill the lanes of training along them: each follows others."""
+    if recordings >= lanes:
+        return []
+    return [
+        f"{field}: holds {recordings} recording{'' if recordings == 1 else 's'} for {lanes} lanes, "
+        "which are followed side by side (ttt.persistent_states: true); add recordings, or lower "
+        f"batch_size, num_microbatches, global_batch_size or the number of ranks to at most "
+        f"{recordings} lane{'' if recordings == 1 else 's'} in all, or set "
+        "ttt.persistent_states: false"
+    ]
+
+
 def _check_files(recording: Recording, *, decode: bool) -> FileReport:
     problems, remarks = check_recording(recording), []
     seconds = 0.0

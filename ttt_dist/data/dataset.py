@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ttt_dist.data.cache import CodesCache
+from ttt_dist.data.cache import CachedCodes, CodesCache
 from ttt_dist.data.encode import Codec, encode_missing, missing_seconds
 from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings
 
@@ -27,30 +27,18 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
 
     Raises:
         DataError: recordings without codes; every rank needs all of them.
+        ValueError: the cache is one of whole recordings.
     """
 
     def __init__(self, sources: Sequence[Source], cache: CodesCache) -> None:
+        if cache.spec.frames is None:
+            raise ValueError("duration_sec: found None, allowed are pieces' seconds")
         self.weights = [source.weight for source in sources]
         self.source_sizes: list[int] = []
         self.rows, self.frames = cache.spec.rows, cache.spec.frames
-        self._recordings = recordings = all_recordings(sources)
-        self._codes = [cache.find(key) for key in cache.keys(recordings)]
-        missing = [
-            recording
-            for recording, codes in zip(recordings, self._codes, strict=True)
-            if codes is None
-        ]
-        if missing:
-            names = ", ".join(str(recording.path) for recording in missing[:_MAX_LISTED])
-            names += ", …" if missing[_MAX_LISTED:] else ""
-            raise DataError(
-                [
-                    f"data.cache_dir: {cache.folder} lacks the codes of {len(missing)} of "
-                    f"{len(recordings)} recordings ({names}); "
-                    "run launch/prepare.py, with a folder that every node sees"
-                ]
-            )
-        counts = [codes.num_pieces for codes in self._codes if codes is not None]
+        self._recordings = all_recordings(sources)
+        self._codes = find_codes(self._recordings, cache)
+        counts = [codes.num_pieces for codes in self._codes]
         self._ends = np.cumsum(counts, dtype=np.int64)
         first = 0
         for source in sources:
@@ -64,9 +52,7 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         """Codes of piece `index`, int64 `[R, T]`; BrokenPieceError where it can't be read."""
         place, piece = self._locate(index)
-        codes = self._codes[place]
-        assert codes is not None
-        return codes.read(piece).long()
+        return self._codes[place].read(piece).long()
 
     def describe(self, index: int) -> str:
         """Where piece `index` comes from: the recording's file, and which of its pieces it is."""
@@ -79,6 +65,23 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
             raise IndexError(f"piece {index} of {len(self)}")
         place = int(np.searchsorted(self._ends, index, side="right"))
         return place, index - (int(self._ends[place - 1]) if place > 0 else 0)
+
+
+def find_codes(recordings: Sequence[Recording], cache: CodesCache) -> list[CachedCodes]:
+    """Where the codes of each recording lie; DataError where some aren't in the cache."""
+    found = [cache.find(key) for key in cache.keys(recordings)]
+    missing = [r for r, codes in zip(recordings, found, strict=True) if codes is None]
+    if missing:
+        names = ", ".join(str(recording.path) for recording in missing[:_MAX_LISTED])
+        names += ", …" if missing[_MAX_LISTED:] else ""
+        raise DataError(
+            [
+                f"data.cache_dir: {cache.folder} lacks the codes of {len(missing)} of "
+                f"{len(recordings)} recordings ({names}); "
+                "run launch/prepare.py, with a folder that every node sees"
+            ]
+        )
+    return [codes for codes in found if codes is not None]
 
 
 class GlobalOrder:
@@ -194,7 +197,35 @@ def open_pieces(
     max_encode_sec: float,
     progress: Callable[[Recording, bool], None] | None = None,
 ) -> dict[str, PieceDataset]:
-    """What `train.py` calls: encode what is missing, if short, and open every split.
+    """What `train.py` calls: encode what is missing, if short, and open every split in pieces.
+
+    Arguments and errors are those of `encode_splits`.
+    """
+    encode_splits(
+        splits,
+        cache,
+        codec,
+        rank=rank,
+        world_size=world_size,
+        agree=agree,
+        max_encode_sec=max_encode_sec,
+        progress=progress,
+    )
+    return {name: PieceDataset(sources, cache) for name, sources in splits.items()}
+
+
+def encode_splits(
+    splits: Mapping[str, Sequence[Source]],
+    cache: CodesCache,
+    codec: Callable[[], Codec],
+    *,
+    rank: int,
+    world_size: int,
+    agree: Callable[[list[str]], list[str]],
+    max_encode_sec: float,
+    progress: Callable[[Recording, bool], None] | None = None,
+) -> None:
+    """Encode what the cache lacks of every split, all ranks together, if it isn't long.
 
     Args:
         splits: name → sources as `read_sources` gives them, e.g. `{"train": …, "eval": …}`.
@@ -229,4 +260,3 @@ def open_pieces(
     problems = agree(problems)
     if problems:
         raise DataError(problems)
-    return {name: PieceDataset(sources, cache) for name, sources in splits.items()}

@@ -6,6 +6,7 @@ that encodes its own little data and a job of hours on many nodes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ttt_dist.data.audio import (
     SAMPLE_RATE,
     StereoFile,
     encode_pieces,
+    encode_whole,
     valid_frames,
 )
 from ttt_dist.data.cache import CodesCache, CodesSpec
@@ -224,14 +226,43 @@ def encode_missing(
 def encode_recording(
     recording: Recording, words: Sequence[Word], codec: Codec, spec: CodesSpec
 ) -> torch.Tensor:
-    """Codes of all pieces of a recording, int32 `[N, R, T]`; frames after its end hold -1.
+    """Codes of a recording, int32 `[N, R, T]`, in pieces or whole, as `spec` has it.
 
     Rows: text, the left channel's codebooks (Moshi), the right channel's (the user). A short last
-    piece is kept.
+    piece is kept; its frames after the recording's end hold -1. Whole, N is 1 and T the frames of
+    the recording, the last one filled up with silence.
     """
-    frames, zero = spec.frames, spec.text_ids.zero
-    batch_size = max(1, int(_BATCH_SECONDS // spec.duration_sec))
-    encoded: list[torch.Tensor] = []
+    duration_sec, frames = spec.duration_sec, spec.frames
+    if duration_sec is None or frames is None:
+        codes = _encode_whole(recording, words, codec, spec)[None]
+    else:
+        codes = _encode_pieces(recording, words, codec, spec, duration_sec, frames)
+    if codes.numel() == 0:
+        raise DataError([f"{recording.path} holds no audio"])
+    return codes
+
+
+def _encode_whole(
+    recording: Recording, words: Sequence[Word], codec: Codec, spec: CodesSpec
+) -> torch.Tensor:
+    """`[R, F]`; what is said and heard runs on without borders."""
+    audio = encode_whole(codec.mimi, StereoFile(recording.path).blocks())
+    text = _text(piece_words(words, 0.0, math.inf), audio.shape[1], codec, spec)
+    return torch.cat([text[None], audio])
+
+
+def _encode_pieces(
+    recording: Recording,
+    words: Sequence[Word],
+    codec: Codec,
+    spec: CodesSpec,
+    duration_sec: float,
+    frames: int,
+) -> torch.Tensor:
+    """`[N, R, T]`; every piece on its own."""
+    zero = spec.text_ids.zero
+    batch_size = max(1, int(_BATCH_SECONDS // duration_sec))
+    encoded = [torch.zeros(0, spec.rows, frames, dtype=torch.int32)]
     batch: list[tuple[float, np.ndarray]] = []
 
     def flush() -> None:
@@ -239,20 +270,22 @@ def encode_recording(
         text = torch.full((len(batch), 1, frames), zero, dtype=torch.int32)
         for row, (start, samples) in zip(text, batch, strict=True):
             valid = valid_frames(samples, frames)
-            spoken = piece_words(words, start, spec.duration_sec)
-            stream = text_stream(
-                spoken, valid, lambda word: tokenize_word(codec.tokenizer, word), spec.text_ids
-            )
-            row[0, :valid] = torch.tensor(stream, dtype=torch.int32)
+            row[0, :valid] = _text(piece_words(words, start, duration_sec), valid, codec, spec)
         encoded.append(torch.cat([text, audio], dim=1))
         batch.clear()
 
-    for piece in StereoFile(recording.path).pieces(spec.duration_sec):
+    for piece in StereoFile(recording.path).pieces(duration_sec):
         batch.append(piece)
         if len(batch) == batch_size:
             flush()
     if batch:
         flush()
-    if not encoded:
-        raise DataError([f"{recording.path} holds no audio"])
     return torch.cat(encoded)
+
+
+def _text(words: Sequence[Word], frames: int, codec: Codec, spec: CodesSpec) -> torch.Tensor:
+    """The text stream, int32 `[frames]`."""
+    stream = text_stream(
+        words, frames, lambda word: tokenize_word(codec.tokenizer, word), spec.text_ids
+    )
+    return torch.tensor(stream, dtype=torch.int32)

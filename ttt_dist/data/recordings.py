@@ -1,0 +1,111 @@
+"""Whole recordings, for training along them: their codes, and their numbering into pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ttt_dist.data.cache import CodesCache
+from ttt_dist.data.dataset import encode_splits, find_codes
+from ttt_dist.data.encode import Codec
+from ttt_dist.data.manifest import Recording, Source, all_recordings
+
+
+class RecordingDataset:
+    """All recordings of some sources, each whole; codes are read when asked for.
+
+    Recordings are numbered source after source. Their pieces of `piece_frames` frames, the last of
+    each short or not, are the samples that messages name: numbered recording after recording, and
+    only numbered, since nothing is cut here.
+
+    Attributes:
+        weights, source_sizes: of each source, its weight and its recordings, for `GlobalOrder`.
+        rows: R, rows of codes: text, left channel, right channel.
+        frames: T, frames of a piece.
+
+    Raises:
+        DataError: recordings without codes; every rank needs all of them.
+        ValueError: the cache is one of pieces, or a piece has no frames.
+    """
+
+    def __init__(self, sources: Sequence[Source], cache: CodesCache, piece_frames: int) -> None:
+        if cache.spec.frames is not None:
+            raise ValueError(f"duration_sec: found {cache.spec.duration_sec}, allowed is None")
+        if piece_frames < 1:
+            raise ValueError(f"piece_frames: found {piece_frames}, allowed is 1 or above")
+        self.weights = [source.weight for source in sources]
+        self.source_sizes = [len(source.recordings) for source in sources]
+        self.rows, self.frames = cache.spec.rows, piece_frames
+        self._recordings = all_recordings(sources)
+        self._codes = find_codes(self._recordings, cache)
+        self._ends = np.cumsum([self.pieces_of(n) for n in range(self.num_recordings)], dtype=int)
+
+    def __len__(self) -> int:
+        """Pieces of all recordings."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def num_recordings(self) -> int:
+        return len(self._recordings)
+
+    def frames_of(self, recording: int) -> int:
+        """F, frames of a recording; known without reading its codes."""
+        return self._codes[recording].frames
+
+    def pieces_of(self, recording: int) -> int:
+        """Pieces that a recording is cut into; the last may be short."""
+        return -(-self.frames_of(recording) // self.frames)
+
+    def codes(self, recording: int) -> torch.Tensor:
+        """Codes of a recording, int64 `[R, F]`; BrokenPieceError where they can't be read."""
+        return self._codes[recording].read(0).long()
+
+    def index(self, recording: int, piece: int) -> int:
+        """The number of a recording's piece among all pieces."""
+        return (int(self._ends[recording - 1]) if recording > 0 else 0) + piece
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The recording that piece `index` is of, and its number in there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"piece {index} of {len(self)}")
+        recording = int(np.searchsorted(self._ends, index, side="right"))
+        return recording, index - self.index(recording, 0)
+
+    def path(self, recording: int) -> str:
+        """The recording's file, for messages."""
+        return str(self._recordings[recording].path)
+
+    def describe(self, index: int) -> str:
+        """Where piece `index` comes from: the recording's file, and which of its pieces it is."""
+        recording, piece = self.locate(index)
+        return f"{self.path(recording)}, piece {piece}"
+
+
+def open_recordings(
+    splits: Mapping[str, Sequence[Source]],
+    cache: CodesCache,
+    codec: Callable[[], Codec],
+    *,
+    piece_frames: int,
+    rank: int,
+    world_size: int,
+    agree: Callable[[list[str]], list[str]],
+    max_encode_sec: float,
+    progress: Callable[[Recording, bool], None] | None = None,
+) -> dict[str, RecordingDataset]:
+    """As `dataset.open_pieces`, for whole recordings, numbered in pieces of `piece_frames`."""
+    encode_splits(
+        splits,
+        cache,
+        codec,
+        rank=rank,
+        world_size=world_size,
+        agree=agree,
+        max_encode_sec=max_encode_sec,
+        progress=progress,
+    )
+    return {
+        name: RecordingDataset(sources, cache, piece_frames) for name, sources in splits.items()
+    }
