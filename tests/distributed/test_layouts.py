@@ -183,6 +183,15 @@ def test_layer_equals_the_unsplit_one_with_little_traffic(measured, layout):
     assert found["backward"] == {"reduce_scatter_tensor": 1, "all_reduce": 3}
 
 
+@pytest.mark.parametrize("layout", TP_LAYOUTS)
+def test_attention_windows_carried_on_own_heads_are_one_call_on_all(measured, layout):
+    """1e-5: float32 sums in another order, rope at other positions of the same distance."""
+    world_size, ranks = LAYOUTS[layout][0], LAYOUTS[layout][1].tp
+    found = measured(world_size)[f"window {layout}"]
+    assert found["window"] == [2, 8 // ranks, 7 - 1, 64 // 8]
+    assert found["error"][0] < 1e-5, found["error"]
+
+
 @pytest.mark.parametrize("name", RESHARDS)
 def test_checkpoint_of_another_layout_loads_bitwise(measured, name):
     world_size = LAYOUTS[RESHARDS[name][0]][0]

@@ -15,6 +15,7 @@ from parallel.mesh import Mesh
 from parallel.tensor_parallel import split_layer
 from tests.distributed import tiny
 from tests.distributed.measure import relative_errors, worst
+from ttt_dist.moshi.attention import AttentionWindow, attend
 from ttt_dist.moshi.build import build_model, transformer_layers
 from ttt_dist.norm import ShardedLayerNorm
 from ttt_dist.placement import PARTIAL, place_into, to_local
@@ -135,3 +136,32 @@ def layer_traffic(mesh: Mesh) -> dict[str, Any]:
     pairs = {n: (p.grad, references[n].grad) for n, p in split.named_parameters()}
     pairs |= {"x": (x_split.grad, x_plain.grad), "y": (y_split.detach(), y_plain.detach())}
     return counts | {"error": worst(relative_errors(pairs))}
+
+
+def carried_window(mesh: Mesh) -> dict[str, Any]:
+    """Attention in pieces on each rank's heads beside the unsplit module on the whole recording."""
+    assert mesh.tp is not None
+    torch.manual_seed(0)  # the same weights and frames on all ranks
+    plain, split = (
+        transformer_layers(build_model(tiny.WIDE_LM_CONFIG, None, device="cpu"))[0]
+        for _ in range(2)
+    )
+    split.load_state_dict(plain.state_dict())
+    split_layer(split, mesh.tp)
+    for layer in (plain, split):
+        layer.self_attn.context = tiny.OTHER_CONTEXT
+    x = torch.randn(2, 150, tiny.WIDE_LM_CONFIG["dim"])
+    x_plain, x_split = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y_plain, _ = attend(plain.self_attn, x_plain, None)
+    window = AttentionWindow.empty(split.self_attn, 2, device="cpu", dtype=x.dtype)
+    outputs = []
+    for piece in x_split.split((80, 3, 67), dim=1):  # several blocks, less than a window, a rest
+        y, window = attend(split.self_attn, piece, window)
+        outputs.append(y)
+    y_split = torch.cat(outputs, dim=1)
+    for y in (y_plain, y_split):
+        y.square().sum().backward()
+    references = dict(plain.self_attn.named_parameters())
+    pairs = {n: (p.grad, references[n].grad) for n, p in split.self_attn.named_parameters()}
+    pairs |= {"x": (x_split.grad, x_plain.grad), "y": (y_split.detach(), y_plain.detach())}
+    return {"window": list(window.keys.shape), "error": worst(relative_errors(pairs))}

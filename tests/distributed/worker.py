@@ -36,7 +36,7 @@ from tests.distributed.cases import CASES, LAYOUTS, LORA, RESHARDS, SAMPLES, TP_
 from tests.distributed.faults import FAULTS, LORA_FAULTS
 from tests.distributed.measure import whole
 from tests.distributed.saving import save_checkpoint
-from tests.distributed.tp_cases import layer_traffic, placement_words
+from tests.distributed.tp_cases import carried_window, layer_traffic, placement_words
 from tests.distributed.training import (
     OPTIM,
     PlainRuns,
@@ -123,6 +123,7 @@ def run_other_measurements(
         if layout in meshes:
             run(f"placement {layout}", placement_words, meshes[layout])
             run(f"layer {layout}", layer_traffic, meshes[layout])
+            run(f"window {layout}", carried_window, meshes[layout])
     for name, (layout, fault) in FAULTS.items():
         if layout in meshes:
             trained = LORA if name in LORA_FAULTS else Trained()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.layer import TTTLayer
+from ttt_dist.moshi.attention import AttentionWindow, attend
 from ttt_dist.moshi.frames import AllFrames, FrameSharing
 from ttt_dist.moshi.loss import masked_cross_entropy
 from ttt_dist.moshi.packed import pack_attention, pack_gating
@@ -74,6 +75,10 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
     (Moshi's streaming API) from where the last one ended; a stream keeps the `skip_ttt` that it
     began with.
 
+    Outside of streams, causal self-attention is computed in time and memory O(T · context)
+    (`attention.py`) where `windowed` is true; that is in all layers but those with weights per
+    step, as the Depformer's, and with shared keys and values, which stay Moshi's.
+
     The packed weights of self-attention and gated feed-forward are kept in a shape that tensor
     parallelism can cut (`packed.py`); `splittable` tells whether all of the layer's are. Layers
     with weights per step, as the Depformer's, stay as they are.
@@ -83,9 +88,10 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
         super().__init__(*args, **kwargs)
         self.ttt: TTTBlock | None = None
         self.skip_ttt = False
-        packed = [not self.skip_self_attn and pack_attention(self.self_attn)]
-        packed.append(pack_gating(self.gating))
-        self.splittable = all(packed) and self.cross_attention is None
+        packed_attention = not self.skip_self_attn and pack_attention(self.self_attn)
+        packed_gating = pack_gating(self.gating)
+        self.windowed = packed_attention and self.self_attn.causal
+        self.splittable = packed_attention and packed_gating and self.cross_attention is None
 
     def add_ttt(self, block: TTTBlock) -> None:
         """Put `block` between attention and feed-forward."""
@@ -122,9 +128,9 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
         state = self._streaming_state
         check_one_frame(state, x.shape[1])
         if self.ttt is None:
-            x = self._whole(x, cross_attention_src)
+            x, _ = self._whole(x, cross_attention_src, None)
         else:
-            x = self._attend(x, cross_attention_src)
+            x, _ = self._attend(x, cross_attention_src, None)
             if state is not None:
                 y = read_frame(self.ttt.layer, x, state)
             else:
@@ -134,17 +140,29 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
             state.offset_cpu += x.shape[1]
         return x
 
-    def _whole(self, x: Tensor, cross_attention_src: Tensor | None) -> Tensor:
-        return self._gate_and_feed(self._attend(x, cross_attention_src), None)
+    def _whole(
+        self, x: Tensor, cross_attention_src: Tensor | None, window: AttentionWindow | None
+    ) -> tuple[Tensor, AttentionWindow | None]:
+        x, window = self._attend(x, cross_attention_src, window)
+        return self._gate_and_feed(x, None), window
 
-    def _attend(self, x: Tensor, cross_attention_src: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, cross_attention_src: Tensor | None, window: AttentionWindow | None
+    ) -> tuple[Tensor, AttentionWindow | None]:
+        """Self- and cross-attention; with a window also the one after `x` (`attention.attend`)."""
         with _moshis_own_compilation(x):
-            x = self._sa_block(x)
+            if self.windowed and not self.is_streaming:
+                update, window = attend(self.self_attn, self.norm1(x), window)
+                x = x.to(update) + self.layer_scale_1(update)
+            elif window is None:
+                x = self._sa_block(x)
+            else:
+                raise ValueError("this layer can't take an attention window (see `windowed`)")
             if self.cross_attention is None:
-                return x
+                return x, window
             if cross_attention_src is None:
                 raise ValueError("this layer has cross-attention; give cross_attention_src")
-            return self._cross_attention_block(x, cross_attention_src)
+            return self._cross_attention_block(x, cross_attention_src), window
 
     def _gate_and_feed(self, x: Tensor, y: Tensor | None) -> Tensor:
         with _moshis_own_compilation(x):
