@@ -14,7 +14,7 @@ from moshi.models.compression import MimiModel
 from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
 from moshi.utils.compile import no_cuda_graph
 
-from ttt_dist.data.interleave import FRAME_RATE
+from ttt_dist.data.codes_file import FRAME_RATE
 from ttt_dist.data.manifest import DataError
 
 SAMPLE_RATE = 24_000

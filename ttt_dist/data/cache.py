@@ -18,19 +18,17 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import save
 
+from ttt_dist.data.codes_file import CodesFileError, read_header, tensor_entry
 from ttt_dist.data.interleave import TextIds, num_frames
 from ttt_dist.data.manifest import DataError, Recording
 
 FORMAT_VERSION = 1
-# Two small tensors need some 300 bytes; safetensors itself would parse headers of 100 MB.
-_MAX_HEADER_BYTES = 16_384
 _HASH_THREADS = 8
 
 logger = logging.getLogger(__name__)
@@ -46,6 +44,8 @@ class CodesSpec:
         text_ids: special ids of the text stream.
         mimi: hash over Mimi's weights and configuration.
         tokenizer: hash of the sentencepiece model.
+        card, text_card: codes of an audio codebook, and of text, that the model knows; bounds of
+            codes that come ready, without influence on those that are made here.
     """
 
     duration_sec: float | None
@@ -53,6 +53,8 @@ class CodesSpec:
     text_ids: TextIds
     mimi: str
     tokenizer: str
+    card: int = 2048
+    text_card: int = 32_000
 
     @classmethod
     def from_release(cls, info: CheckpointInfo, *, duration_sec: float | None) -> CodesSpec:
@@ -77,6 +79,8 @@ class CodesSpec:
             text_ids=TextIds.from_lm_config(info.lm_config),
             mimi=_hash_bytes(_hash_file(Path(info.mimi_weights)).encode() + mimi_config),
             tokenizer=_hash_file(Path(info.tokenizer)),
+            card=int(config.get("card", 2048)),
+            text_card=int(config.get("text_card", 32_000)),
         )
 
     @property
@@ -184,7 +188,7 @@ class CodesCache:
                     codes.read(piece)
         except FileNotFoundError:
             return None
-        except (_DamagedFileError, DataError, OSError) as error:
+        except (CodesFileError, DataError, OSError) as error:
             logger.warning("cached codes %s are not used and encoded anew: %s", path, error)
             return None
         return codes
@@ -249,10 +253,6 @@ class CodesCache:
         return value
 
 
-class _DamagedFileError(Exception):
-    """A file is no codes file of the expected shape; the message says why."""
-
-
 def _fits(shape: list[int], spec: CodesSpec) -> bool:
     """Whether codes of a recording may have this shape."""
     if len(shape) != 3 or min(shape) < 1 or shape[1] != spec.rows:
@@ -267,46 +267,20 @@ def _expected_shape(spec: CodesSpec) -> str:
 def _open_codes(path: Path, spec: CodesSpec) -> CachedCodes:
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            raise _DamagedFileError(f"it has {size} bytes")
-        (header_size,) = struct.unpack("<Q", head)
-        if header_size > min(_MAX_HEADER_BYTES, size):
-            raise _DamagedFileError(f"its header claims {header_size} bytes")
-        try:
-            header = json.loads(file.read(header_size))
-        except ValueError as error:
-            raise _DamagedFileError("its header is no JSON") from error
-        start = 8 + header_size
-        codes_shape, codes_span = _tensor_entry(header, "codes", "I32")
-        crc_shape, crc_span = _tensor_entry(header, "crc32", "I64")
-        if not _fits(codes_shape, spec) or crc_shape != codes_shape[:1]:
-            raise _DamagedFileError(
-                f"its codes have shape {codes_shape}, expected are {_expected_shape(spec)}"
+        header, begin = read_header(file, size)
+        codes = tensor_entry(header, "codes", ("I32",), begin, size)
+        crc = tensor_entry(header, "crc32", ("I64",), begin, size)
+        if not _fits(codes.shape, spec) or crc.shape != codes.shape[:1]:
+            raise CodesFileError(
+                f"its codes have shape {codes.shape}, expected are {_expected_shape(spec)}"
             )
-        pieces, rows, frames = codes_shape
-        lengths = (4 * pieces * rows * frames, 8 * pieces)
-        spans = sorted([codes_span, crc_span])
-        is_packed = spans[0][0] == 0 and spans[0][1] == spans[1][0]
-        found = tuple(span[1] - span[0] for span in (codes_span, crc_span))
-        if not is_packed or found != lengths or size != start + sum(lengths):
-            raise _DamagedFileError(f"it has {size} bytes, expected are {start + sum(lengths)}")
-        file.seek(start + crc_span[0])
-        checksums = struct.unpack(f"<{pieces}q", file.read(lengths[1]))
-    return CachedCodes(path, start + codes_span[0], checksums, rows, frames)
-
-
-def _tensor_entry(header: Any, name: str, dtype: str) -> tuple[list[int], list[int]]:
-    entry = header.get(name) if isinstance(header, dict) else None
-    if isinstance(entry, dict) and entry.get("dtype") == dtype:
-        shape, span = entry.get("shape"), entry.get("data_offsets")
-        if _is_ints(shape) and _is_ints(span) and len(span) == 2:
-            return shape, span
-    raise _DamagedFileError(f"its header holds no tensor {name!r} of type {dtype}")
-
-
-def _is_ints(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int for value in values)
+        pieces, rows, frames = codes.shape
+        first, second = sorted([codes, crc], key=lambda entry: entry.start)
+        if (first.start, second.start, size) != (begin, first.end, second.end):
+            raise CodesFileError(f"it has {size} bytes, and not those of two tensors alone")
+        file.seek(crc.start)
+        checksums = struct.unpack(f"<{pieces}q", file.read(crc.end - crc.start))
+    return CachedCodes(path, codes.start, checksums, rows, frames)
 
 
 def _file_state(path: Path) -> list[int]:

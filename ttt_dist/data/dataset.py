@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from ttt_dist.data.cache import CachedCodes, CodesCache
+from ttt_dist.data.cache import CodesCache
 from ttt_dist.data.encode import Codec, encode_missing, missing_seconds
 from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings
+from ttt_dist.data.ready import open_ready
 
 # Several sources share blocks of this many samples in proportion to their weights.
 _MIN_BLOCK = 1024
@@ -67,13 +69,34 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
         return place, index - (int(self._ends[place - 1]) if place > 0 else 0)
 
 
-def find_codes(recordings: Sequence[Recording], cache: CodesCache) -> list[CachedCodes]:
-    """Where the codes of each recording lie; DataError where some aren't in the cache."""
-    found = [cache.find(key) for key in cache.keys(recordings)]
-    missing = [r for r, codes in zip(recordings, found, strict=True) if codes is None]
+class StoredCodes(Protocol):
+    """Codes of a recording on disk, in the cache or ready, in pieces or whole (then it is one)."""
+
+    @property
+    def num_pieces(self) -> int: ...
+
+    @property
+    def frames(self) -> int:
+        """T, of every piece."""
+
+    def read(self, piece: int) -> torch.Tensor:
+        """Codes of one piece, int32 `[R, T]`; BrokenPieceError where they can't be read."""
+
+
+def find_codes(recordings: Sequence[Recording], cache: CodesCache) -> list[StoredCodes]:
+    """Where the codes of each recording lie; DataError where some aren't there."""
+    encoded = [recording for recording in recordings if not recording.is_codes]
+    cached = iter([cache.find(key) for key in cache.keys(encoded)])
+    found: list[StoredCodes] = []
+    missing: list[str] = []
+    for recording in recordings:
+        codes = open_ready(recording.path, cache.spec) if recording.is_codes else next(cached)
+        if codes is None:
+            missing.append(str(recording.path))
+        else:
+            found.append(codes)
     if missing:
-        names = ", ".join(str(recording.path) for recording in missing[:_MAX_LISTED])
-        names += ", …" if missing[_MAX_LISTED:] else ""
+        names = ", ".join(missing[:_MAX_LISTED]) + (", …" if missing[_MAX_LISTED:] else "")
         raise DataError(
             [
                 f"data.cache_dir: {cache.folder} lacks the codes of {len(missing)} of "
@@ -81,7 +104,7 @@ def find_codes(recordings: Sequence[Recording], cache: CodesCache) -> list[Cache
                 "run launch/prepare.py, with a folder that every node sees"
             ]
         )
-    return [codes for codes in found if codes is not None]
+    return found
 
 
 class GlobalOrder:

@@ -26,8 +26,8 @@ from ttt_dist.data.audio import (
     valid_frames,
 )
 from ttt_dist.data.cache import CodesCache, CodesSpec
+from ttt_dist.data.codes_file import FRAME_RATE
 from ttt_dist.data.interleave import (
-    FRAME_RATE,
     Word,
     parse_alignments,
     piece_words,
@@ -35,6 +35,7 @@ from ttt_dist.data.interleave import (
     tokenize_word,
 )
 from ttt_dist.data.manifest import DataError, Recording
+from ttt_dist.data.ready import open_ready
 
 # Mimi's first layers hold some 6 MB a second and activation at full width; this keeps a batch of
 # pieces near one gigabyte. Longer pieces are encoded one at a time.
@@ -129,6 +130,8 @@ def missing_seconds(recordings: Sequence[Recording], cache: CodesCache) -> float
     """
     total = 0.0
     for recording in recordings:
+        if recording.is_codes:
+            continue
         key = cache.known_key(recording)
         if key is None or cache.find(key) is None:
             total += recording.duration
@@ -157,6 +160,8 @@ def encode_missing(
 ) -> EncodeReport:
     """Encode this rank's share of the recordings that the cache lacks.
 
+    Of recordings that are codes already, it checks every value.
+
     Args:
         recordings: of all ranks, in the same order everywhere.
         cache: where codes are looked for and written.
@@ -165,16 +170,26 @@ def encode_missing(
         progress: called after each recording of the share with (recording, was it encoded now).
 
     Raises:
-        DataError: alignment files that cannot be used (before anything is encoded), or audio that
-            cannot be decoded (after all the rest is encoded and kept).
+        DataError: alignment files and ready codes that cannot be used (before anything is encoded),
+            or audio that cannot be decoded (after all the rest is encoded and kept).
     """
     begin = time.monotonic()
-    share = share_of(recordings, rank, world_size)
+    everything = share_of(recordings, rank, world_size)
+    share = [recording for recording in everything if not recording.is_codes]
     keys = cache.keys(share)
     problems: list[str] = []
     words: dict[int, list[Word]] = {}
     pieces = 0
     audio_sec = encoded_sec = 0.0
+    for recording in everything:
+        if recording.is_codes:
+            try:
+                pieces += _check_ready(recording, cache.spec)
+            except DataError as error:
+                problems += [f"{recording.where}: {problem}" for problem in error.problems]
+            audio_sec += recording.duration
+            if progress is not None:
+                progress(recording, False)
     for index, (recording, key) in enumerate(zip(share, keys, strict=True)):
         found = cache.find(key, verify=True)
         if found is not None:
@@ -214,13 +229,21 @@ def encode_missing(
     if problems:
         raise DataError(problems)
     return EncodeReport(
-        recordings=len(share),
+        recordings=len(everything),
         pieces=pieces,
         audio_sec=audio_sec,
         encoded=len(words),
         encoded_sec=encoded_sec,
         work_sec=time.monotonic() - begin,
     )
+
+
+def _check_ready(recording: Recording, spec: CodesSpec) -> int:
+    """Pieces of ready codes; DataError where they don't fit the model."""
+    codes = open_ready(recording.path, spec)
+    for piece in range(codes.num_pieces):
+        codes.read(piece)
+    return codes.num_pieces
 
 
 def encode_recording(

@@ -19,9 +19,9 @@ from typing import Any
 
 import sentencepiece
 
+from ttt_dist.data.codes_file import FRAME_RATE
 from ttt_dist.data.manifest import LONGEST_SEC, DataError
 
-FRAME_RATE = 12.5  # Hz
 MAIN_SPEAKER = "SPEAKER_MAIN"
 _MAX_PROBLEMS_A_FILE = 5
 

@@ -4,6 +4,10 @@ A specification is one `.jsonl`, a folder of them, or several of these as `path:
 A manifest has one JSON object a line, `{"path": "a.wav", "duration": 24.52}`; `path` is relative to
 the manifest and stays in its folder (no `..` leads out), or is absolute. `a.json` beside the audio
 holds the word alignments.
+
+A `path` that ends in `.safetensors` holds codes instead of audio: `codes`, int32 or int64 `[R, F]`,
+12.5 frames a second: text, the left channel's codebooks, the right one's; -1 where there is none.
+It needs no `.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,13 @@ from pathlib import Path
 from typing import TypeGuard
 
 import sphn
+
+from ttt_dist.data.codes_file import (
+    CODES_SUFFIX,
+    FRAME_RATE,
+    CodesFileError,
+    ready_codes_entry,
+)
 
 # A manifest's duration is often rounded; beyond this the line describes another file.
 DURATION_TOLERANCE_SEC = 1.0
@@ -39,12 +50,12 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """One stereo file of a manifest: left channel Moshi, right channel the user.
+    """One stereo file of a manifest: left channel Moshi, right channel the user; or its codes.
 
     Attributes:
-        path: the audio file, absolute.
+        path: the audio file, or the file of codes, absolute.
         duration: seconds, as the manifest says (used for estimates; pieces are cut from the audio).
-        alignments_path: the `.json` beside the audio.
+        alignments_path: the `.json` beside the audio; of codes, there is none.
         manifest, line: where it was named, for messages; lines count from 1.
     """
 
@@ -57,6 +68,11 @@ class Recording:
     @property
     def where(self) -> str:
         return f"{self.manifest}:{self.line}"
+
+    @property
+    def is_codes(self) -> bool:
+        """Whether the file holds codes, not audio."""
+        return self.path.suffix == CODES_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -261,11 +277,14 @@ def read_header(path: Path) -> AudioHeader:
 
 
 def check_recording(recording: Recording) -> list[str]:
-    """What is wrong with the files of a recording, as far as the audio's header tells."""
+    """What is wrong with the files of a recording, as far as its header tells."""
     # Unlike Path.is_file, it raises for no name and no folder that can't be looked into.
     if not os.path.isfile(recording.path):
         # Its name is what is wrong, and the other file's follows from it.
-        return [f"{recording.where}: there is no audio file {recording.path}"]
+        kind = "file of codes" if recording.is_codes else "audio file"
+        return [f"{recording.where}: there is no {kind} {recording.path}"]
+    if recording.is_codes:
+        return [f"{recording.where}: {problem}" for problem in _check_codes(recording)]
     problems = _check_audio(recording)
     if not os.path.isfile(recording.alignments_path):
         problems.append(
@@ -287,10 +306,22 @@ def _check_audio(recording: Recording) -> list[str]:
             f"{path} has {header.channels} channel{'' if header.channels == 1 else 's'}, allowed "
             "is stereo: left Moshi, right the user"
         )
+    return problems + _check_duration(recording, header.seconds)
+
+
+def _check_codes(recording: Recording) -> list[str]:
+    try:
+        frames = ready_codes_entry(recording.path).shape[1]
+    except (CodesFileError, OSError) as error:
+        return [f"{recording.path}: cannot be read as codes: {error}"]
+    return _check_duration(recording, frames / FRAME_RATE)
+
+
+def _check_duration(recording: Recording, seconds: float) -> list[str]:
     tolerance = max(DURATION_TOLERANCE_SEC, DURATION_TOLERANCE_SHARE * recording.duration)
-    if abs(header.seconds - recording.duration) > tolerance:
-        problems.append(
-            f"duration: found {recording.duration:g} s, but {path} lasts {header.seconds:.2f} s; "
-            "write the file's duration into the manifest"
-        )
-    return problems
+    if abs(seconds - recording.duration) <= tolerance:
+        return []
+    return [
+        f"duration: found {recording.duration:g} s, but {recording.path} lasts {seconds:.2f} s; "
+        "write the file's duration into the manifest"
+    ]
