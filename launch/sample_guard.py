@@ -1,16 +1,21 @@
-"""Pieces that can't be read any more while a run trains: left out by all ranks, up to a budget."""
+"""Pieces that can't be read any more while a run trains: left out by all ranks, up to a budget.
+
+An evaluation leaves none out: it ends the run, on all ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 
+from launch.errors import UserError
 from parallel.reduce import highest_over_ranks
 from ttt_dist.data.batches import SampledStep, Samples
 
 _SHOWN = 4  # pieces in a message
+_LOOK = "look at the disk of data.cache_dir"
 
 
 class SampleGuard:
@@ -44,17 +49,14 @@ class SampleGuard:
             One line for each such piece: the recording, and why. Where they are more than is left
             of the budget, `must_stop` is set, and the step may not be taken: it isn't counted.
         """
-        (found,) = highest_over_ranks([len(step.broken)])
-        if not found:
+        broken = _of_all_ranks(step.broken)
+        if not broken:
             return []
-        gathered = [step.broken] * dist.get_world_size()
-        dist.all_gather_object(gathered, step.broken)
-        broken = {index: why for each in gathered for index, why in each.items()}
         self.must_stop = self.skipped + len(broken) > self._limit
         if not self.must_stop:
             step.leave_out(broken)
             self.skipped += len(broken)
-        return [f"{pieces.describe(index)}: {broken[index]}" for index in sorted(broken)]
+        return _describe(broken, pieces)
 
     def why_it_stops(self, step: int, lines: list[str], newest: Path | None) -> list[str]:
         """What to tell a person once `must_stop`.
@@ -63,17 +65,69 @@ class SampleGuard:
             lines: of `leave_out`, for this step.
             newest: the newest checkpoint.
         """
-        more = [f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else []
         count = self.skipped + len(lines)
         return [
             f"step {step}: {count} piece{'' if count == 1 else 's'} of this run could not be read; "
             f"data.max_bad_samples allows {self._limit}",
-            *lines[:_SHOWN],
-            *more,
-            "look at the disk of data.cache_dir; "
-            + (
-                f"resume=true then encodes what is damaged anew and goes on from {newest}"
-                if newest is not None
-                else "a new start then encodes what is damaged anew (there is no checkpoint)"
-            ),
+            *_shown(lines),
+            f"{_LOOK}; {_how_to_go_on(newest)}",
         ]
+
+
+def refuse_broken_evaluation(
+    broken: Mapping[int, str],
+    pieces: Samples,
+    newest: Callable[[], Path | None],
+    *,
+    is_last: bool,
+) -> None:
+    """Agree with all other ranks that every piece of an evaluation was read; all call it together.
+
+    Args:
+        broken: what this rank couldn't read, by number, and why.
+        newest: finds the newest checkpoint; called by all ranks, where any piece is broken.
+        is_last: every step of the run is done.
+
+    Raises:
+        UserError: on all ranks alike, with the pieces that any rank couldn't read.
+    """
+    every = _of_all_ranks(broken)
+    if not every:
+        return
+    count, checkpoint = len(every), newest()
+    next_step = _how_to_go_on(checkpoint)
+    if is_last and checkpoint is not None:
+        next_step = f"all steps are done and saved, in {checkpoint}"
+    raise UserError(
+        [
+            f"an evaluation: {count} piece{'' if count == 1 else 's'} of data.eval_data could not "
+            "be read, without which its losses can't be compared with others",
+            *_shown(_describe(every, pieces)),
+            f"{_LOOK}; {next_step}",
+        ],
+        title="The run stopped",
+    )
+
+
+def _of_all_ranks(broken: Mapping[int, str]) -> dict[int, str]:
+    (found,) = highest_over_ranks([len(broken)])
+    if not found:
+        return {}
+    gathered = [broken] * dist.get_world_size()
+    dist.all_gather_object(gathered, broken)
+    return {index: why for each in gathered for index, why in each.items()}
+
+
+def _describe(broken: Mapping[int, str], pieces: Samples) -> list[str]:
+    return [f"{pieces.describe(index)}: {broken[index]}" for index in sorted(broken)]
+
+
+def _shown(lines: list[str]) -> list[str]:
+    more = [f"and {len(lines) - _SHOWN} more"] if lines[_SHOWN:] else []
+    return [*lines[:_SHOWN], *more]
+
+
+def _how_to_go_on(newest: Path | None) -> str:
+    if newest is None:
+        return "a new start then encodes what is damaged anew (there is no checkpoint)"
+    return f"resume=true then encodes what is damaged anew and goes on from {newest}"

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from launch.plots import plot_losses
 from launch.preflight import Start, check_start, run_warnings
 from launch.profiling import open_profiler
 from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
-from launch.sample_guard import SampleGuard
+from launch.sample_guard import SampleGuard, refuse_broken_evaluation
 from launch.setup import make_model, open_data, resume, say
 from launch.step import accumulate_gradients, evaluate
 from launch.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
@@ -60,7 +61,6 @@ from parallel.mesh import (
 )
 from parallel.reduce import clip_gradients, highest_over_ranks
 from ttt_dist.data.batches import StepBatches, eval_batches
-from ttt_dist.data.cache import BrokenPieceError
 from ttt_dist.data.dataset import GlobalOrder
 from ttt_dist.data.manifest import DataError
 from ttt_dist.moshi.build import without_ttt
@@ -139,6 +139,7 @@ def train(start: Start) -> None:
         sample_guard = SampleGuard(config.data.max_bad_samples, counters)
 
         logger = None
+        pause: Callable[[], AbstractContextManager[None]] = nullcontext
         if rank == 0:
             logger = MetricsLogger(
                 folder,
@@ -150,18 +151,28 @@ def train(start: Start) -> None:
                 tensorboard=config.tensorboard,
                 wandb=start_wandb(config, folder.path),
             )
+            pause = logger.pause
+
+        def newest_checkpoint() -> Path | None:
+            saver.finish()
+            return next(reversed(list_checkpoints(folder.checkpoints)), None)
 
         def held_out_losses() -> dict[str, float]:
             assert eval_pieces is not None
+            broken: dict[int, str] = {}
             batches = eval_batches(
                 eval_pieces,
                 batch_size=config.batch_size,
                 dp_rank=mesh.dp_rank,
                 dp_size=mesh.dp_size,
+                broken=broken,
                 limit=config.eval_batches and config.eval_batches * global_batch_size,
             )
             watched = watchdog.over(batches, "a batch of the evaluation")
-            return evaluate(model, watched, loss_config, mesh, device).as_metrics()
+            losses = evaluate(model, watched, loss_config, mesh, device)
+            is_last = status.step == config.max_steps
+            refuse_broken_evaluation(broken, eval_pieces, newest_checkpoint, is_last=is_last)
+            return losses.as_metrics()
 
         def run_evaluation(step: int) -> None:
             values = held_out_losses()
@@ -207,7 +218,8 @@ def train(start: Start) -> None:
             open_profiler(config.profile, folder.profile, rank) as profiler,
         ):
             if eval_pieces is not None and first_step == 0:
-                run_evaluation(0)
+                with pause():
+                    run_evaluation(0)
             for step in range(first_step + 1, config.max_steps + 1):
                 watchdog.beat(f"step {step}")
                 batch = next(batches)
@@ -217,10 +229,9 @@ def train(start: Start) -> None:
                     is_new = step - 1 > first_step and not is_due(step - 1, config.ckpt_freq)
                     if config.do_ckpt and is_new:
                         save(step - 1)
-                    saver.finish()
-                    newest = next(reversed(list_checkpoints(folder.checkpoints)), None)
                     raise UserError(
-                        sample_guard.why_it_stops(step, left_out, newest), title="The run stopped"
+                        sample_guard.why_it_stops(step, left_out, newest_checkpoint()),
+                        title="The run stopped",
                     )
                 if logger is not None:
                     for line in left_out:
@@ -270,18 +281,22 @@ def train(start: Start) -> None:
                                 "skipped_samples": sample_guard.skipped,
                             },
                         )
-                ends = bool(stop) or guard.must_stop
-                with logger.pause() if logger is not None else nullcontext():
-                    if eval_pieces is not None and is_due(step, config.eval_freq) and not ends:
-                        run_evaluation(step)
+                preempted = bool(stop) and step < config.max_steps
+                ends = preempted or guard.must_stop
+                with pause():
+                    # In this order: what an evaluation meets costs no checkpoint.
                     if config.do_ckpt and (is_due(step, config.ckpt_freq) or ends):
                         save(step)
+                    if eval_pieces is not None and is_due(step, config.eval_freq) and not ends:
+                        run_evaluation(step)
                 if guard.must_stop:
                     saver.finish()
                     raise UserError(too_many_bad_steps(guard, bad_step), title="The run stopped")
-                if stop and step < config.max_steps:
+                if preempted:
                     status.preempted_by = signal.Signals(stop).name
                     break
+            watchdog.beat("the last checkpoint")
+            saver.finish()
 
         # 7. The end: what the run left, and what to do next.
         if logger is not None:
@@ -319,8 +334,6 @@ def main(arguments: list[str]) -> None:
         exit_with(error)
     except SaveError as error:
         exit_with(UserError(str(error), title="The run stopped"))
-    except BrokenPieceError as error:
-        exit_with(UserError(error.problems, title="The run stopped"))
     except DataError as error:
         exit_with(UserError(error.problems))
     except (ReleaseError, CheckpointError, DemoBaseError) as error:

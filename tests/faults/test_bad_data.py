@@ -163,19 +163,28 @@ def copy_codes(setting: Setting, folder: Path) -> Setting:
     return replace(setting, arguments=[*others, f"data.cache_dir={folder}"])
 
 
-def byte_of_sample(setting: Setting, position: int) -> tuple[str, str]:
-    """FILE:OFFSET of a byte of the piece at a place of the global order, and its description."""
+def open_split(setting: Setting, name: str) -> PieceDataset:
     config = load_config(DEMO, setting.arguments)
     splits = read_splits(config, check_files=False)
     spec = CodesSpec.from_release(
         open_release(**config.moshi_paths.model_dump()), duration_sec=config.duration_sec
     )
-    pieces = PieceDataset(splits["train"], open_cache(config, splits, spec))
+    return PieceDataset(splits[name], open_cache(config, splits, spec))
+
+
+def byte_of_sample(setting: Setting, position: int) -> tuple[str, str]:
+    """`byte_of_piece` of the training piece at a place of the global order."""
+    config, pieces = load_config(DEMO, setting.arguments), open_split(setting, "train")
     order = GlobalOrder(
         pieces.source_sizes, pieces.weights, seed=config.seed, shuffle=config.data.shuffle
     )
     index = order[position]
     assert index not in [order[earlier] for earlier in range(position)]
+    return byte_of_piece(pieces, index)
+
+
+def byte_of_piece(pieces: PieceDataset, index: int) -> tuple[str, str]:
+    """FILE:OFFSET of a byte of a piece, and its description."""
     place, number = pieces._locate(index)
     codes = pieces._codes[place]
     assert isinstance(codes, CachedCodes)
@@ -223,3 +232,29 @@ def test_beyond_the_budget_the_run_stops_and_a_new_start_heals_it(setting, tmp_p
     assert run.status["state"] == "failed"
     assert_good(run, 2, 3)
     assert_taken_up(own, run, after=3)
+
+
+def test_a_held_out_piece_damaged_under_a_run_ends_it_on_all_ranks(setting, tmp_path, monkeypatch):
+    """Read by rank 1 alone; the checkpoint that is due with the evaluation is there."""
+    own = copy_codes(setting, tmp_path / "codes")
+    own = replace(own, arguments=[*own.arguments, "do_eval=true", "eval_freq=4"])
+    byte, piece = byte_of_piece(open_split(own, "eval"), 1)
+    monkeypatch.setenv("DAMAGED_BYTE", byte)
+    run: Run = own.run_with("damaged codes, slow evaluation", 0, tmp_path / "run")
+    assert run.job.returncode != 0
+    assert run.job.stderr.count("The run stopped: ") == 1
+    assert f'File "{REPO / "launch"}' not in run.job.stderr
+    for part in (
+        "an evaluation: 1 piece of data.eval_data could not be read",
+        piece,
+        f"goes on from {run.folder / 'checkpoints' / 'step-000004'}",
+    ):
+        assert run.job.stderr.count(part) == 1, part
+    assert run.status["state"] == "failed"
+    assert [row["step"] for row in run.evaluations] == [0]
+    # The evaluation before the first step, which took over 4 s, isn't training time.
+    between = run.steps[0]["time"] - run.evaluations[0]["time"]
+    assert run.steps[0]["seconds"] - between < 2
+    assert_good(run, 2, 4)
+    resumed = assert_taken_up(own, run, after=4)
+    assert [row["step"] for row in resumed.evaluations] == [0, 6]

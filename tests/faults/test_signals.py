@@ -53,6 +53,17 @@ def test_a_signal_ends_the_run_at_the_next_step_with_a_checkpoint(setting, tmp_p
     assert_taken_up(setting, run, after=step)
 
 
+def test_a_signal_in_the_last_step_changes_nothing(setting, tmp_path):
+    run = setting.run_with(
+        "SIGTERM in a step", 1, tmp_path / "run", "max_steps=3", "do_eval=true", "eval_batches=1"
+    )
+    assert run.job.returncode == 0, run.job.stderr
+    assert "rank 1: SIGTERM: stopping after this step" in run.job.stdout
+    assert (run.status["state"], run.status["step"]) == ("finished", 3)
+    assert [row["step"] for row in run.evaluations] == [0, 3]
+    assert_good(run, 2, 3)
+
+
 def test_torchrun_sh_ends_well_and_is_reached_from_this_machine_alone(setting, tmp_path):
     """What the ranks themselves listen on; torchrun: test_torchrun_signals.py."""
     folder = tmp_path / "run"

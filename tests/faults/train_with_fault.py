@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def damage_codes() -> None:
         file.write(bytes([byte ^ 255]))
 
 
+def damaged_codes_slow_evaluation() -> None:
+    at_call(train, "evaluate", 1, lambda: time.sleep(4.0))
+    in_step(damage_codes)
+
+
 def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
 
@@ -96,6 +102,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "one bad step": lambda: no_numbers(1),
     "bad steps": lambda: no_numbers(2),
     "damaged codes": lambda: in_step(damage_codes),
+    "damaged codes, slow evaluation": damaged_codes_slow_evaluation,
+    "SIGTERM in a step": lambda: in_step(send_self(signal.SIGTERM)),
 }
 
 

@@ -217,9 +217,13 @@ def test_what_another_rank_could_not_read_is_left_out_too(dataset):
             assert (piece == (-1 if number == chosen else number)).all()
 
 
-def test_a_broken_piece_ends_an_evaluation(dataset, broken):
-    with pytest.raises(BrokenPieceError):
-        list(eval_batches(dataset, batch_size=2, dp_rank=0, dp_size=1))
+def test_an_evaluation_goes_on_over_a_broken_piece_and_names_it(dataset, broken):
+    (index,) = broken
+    met: dict[int, str] = {}
+    given = list(eval_batches(dataset, batch_size=2, dp_rank=0, dp_size=1, broken=met))
+    assert met == {index: f"piece {index} is damaged"}
+    expected = [-1 if number == index else number for number in range(23)]
+    assert numbers_of(given)[:23] == expected
 
 
 def test_closing_ends_the_thread(dataset):
@@ -240,7 +244,7 @@ def test_closing_ends_the_thread(dataset):
 @pytest.mark.parametrize(("dp_size", "batch_size"), [(1, 1), (1, 4), (2, 3), (4, 1), (4, 8)])
 def test_an_evaluation_meets_every_piece_once(dataset, dp_size, batch_size):
     ranks = [
-        list(eval_batches(dataset, batch_size=batch_size, dp_rank=rank, dp_size=dp_size))
+        list(eval_batches(dataset, batch_size=batch_size, dp_rank=rank, dp_size=dp_size, broken={}))
         for rank in range(dp_size)
     ]
     assert {len(rank) for rank in ranks} == {-(-23 // (dp_size * batch_size))}
@@ -254,9 +258,13 @@ def test_an_evaluation_meets_every_piece_once(dataset, dp_size, batch_size):
 
 
 def test_a_limited_evaluation_is_spread_over_the_dataset(dataset):
-    found = numbers_of(eval_batches(dataset, batch_size=2, dp_rank=0, dp_size=1, limit=4))
+    found = numbers_of(
+        eval_batches(dataset, batch_size=2, dp_rank=0, dp_size=1, limit=4, broken={})
+    )
     assert found == [0, 5, 11, 17]
-    more = numbers_of(eval_batches(dataset, batch_size=1, dp_rank=0, dp_size=1, limit=99))
+    more = numbers_of(
+        eval_batches(dataset, batch_size=1, dp_rank=0, dp_size=1, limit=99, broken={})
+    )
     assert more == list(range(23))
     with pytest.raises(ValueError, match="limit"):
-        next(eval_batches(dataset, batch_size=1, dp_rank=0, dp_size=1, limit=0))
+        next(eval_batches(dataset, batch_size=1, dp_rank=0, dp_size=1, limit=0, broken={}))

@@ -114,15 +114,11 @@ class StepBatches(ReadAhead[Step]):
             for offset in self._offsets
         ]
         broken: dict[int, str] = {}
-        codes = [torch.stack([self._piece(index, broken) for index in each]) for each in samples]
+        codes = [
+            torch.stack([_piece(self._dataset, index, broken) for index in each])
+            for each in samples
+        ]
         return Step(samples, codes, broken)
-
-    def _piece(self, index: int, broken: dict[int, str]) -> torch.Tensor:
-        try:
-            return self._dataset[index]
-        except BrokenPieceError as error:
-            broken[index] = str(error)
-            return _empty_piece(self._dataset)
 
 
 def eval_batches(
@@ -131,16 +127,19 @@ def eval_batches(
     batch_size: int,
     dp_rank: int,
     dp_size: int,
+    broken: dict[int, str],
     limit: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """One pass over the dataset for one rank: int64 `[batch_size, R, T]` on the CPU.
 
     Every piece is met once over all ranks, and all ranks get the same number of batches, as FSDP's
     collectives demand; what is left over is filled with pieces of -1 throughout: they carry no
-    loss. A piece that can't be read ends it (BrokenPieceError): without it, the losses couldn't be
-    compared with earlier ones.
+    loss.
 
     Args:
+        broken: pieces that can't be read are added to it, by number and with the cause, and given
+            as -1. Without them the losses can't be compared with earlier ones: see to it that all
+            ranks hear of them at the end, since no rank may leave the others' collectives.
         limit: take that many pieces, spread evenly over the dataset; None: all.
     """
     check_layout(batch_size, dp_rank, dp_size)
@@ -153,7 +152,17 @@ def eval_batches(
     together = batch_size * dp_size
     for start in range(dp_rank * batch_size, -(-total // together) * together, together):
         places = range(start, start + batch_size)
-        yield torch.stack([dataset[chosen[place]] if place < total else empty for place in places])
+        yield torch.stack(
+            [_piece(dataset, chosen[place], broken) if place < total else empty for place in places]
+        )
+
+
+def _piece(dataset: PieceDataset, index: int, broken: dict[int, str]) -> torch.Tensor:
+    try:
+        return dataset[index]
+    except BrokenPieceError as error:
+        broken[index] = str(error)
+        return _empty_piece(dataset)
 
 
 def _empty_piece(dataset: PieceDataset) -> torch.Tensor:
