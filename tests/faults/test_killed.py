@@ -59,6 +59,16 @@ def test_a_rank_that_stops_ends_the_run_with_where_the_others_wait(setting, tmp_
     assert_good(run, 2)
 
 
+def test_a_disk_that_hangs_in_the_last_save_ends_the_run(setting, tmp_path):
+    options = ("timeout_sec=15", "max_steps=1")
+    run = setting.run_with("disk that hangs", 1, tmp_path / "run", *options)
+    assert run.job.returncode != 0
+    assert "rank 0: the last checkpoint has taken over 15 s" in run.job.stderr
+    assert ", called by _write (" in run.job.stderr
+    assert run.status["state"] == "failed"
+    assert_good(run)
+
+
 def test_a_bad_step_is_left_out_by_all_ranks_and_the_run_goes_on(setting, tmp_path):
     run = setting.run_with("one bad step", 1, tmp_path / "run")
     assert run.job.returncode == 0, run.job.stderr
