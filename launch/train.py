@@ -78,7 +78,8 @@ def train(start: Start) -> None:
     # it comes first.
     later = config.timeout_sec + 60
     on_gpu = device_type() == "cuda"
-    init_process_group(timedelta(seconds=config.timeout_sec if on_gpu else later))
+    timeout = timedelta(seconds=config.timeout_sec if on_gpu else later)
+    init_process_group(timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = local_device()
     torch.manual_seed(config.seed)
@@ -86,7 +87,7 @@ def train(start: Start) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
     axes = config.parallel
-    mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp))
+    mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp), timeout)
     global_batch_size, _ = resolve_global_batch_size(config, mesh.dp_size)
     config = config.model_copy(update={"global_batch_size": global_batch_size})
     config = resolve_run_dir(config, from_first_rank(utc_timestamp()))
@@ -202,7 +203,8 @@ def train(start: Start) -> None:
             CheckpointSaver(
                 folder.checkpoints,
                 Keep(config.num_ckpt_keep, config.ckpt_keep_every),
-                on_commit=lambda path: logger.say(f"checkpoint: {path}") if logger else None,
+                announce=logger.say if logger is not None else None,
+                timeout=timeout,
             ) as saver,
             Watchdog(later if on_gpu else config.timeout_sec, rank, status.failed) as watchdog,
             StepBatches(

@@ -190,7 +190,7 @@ def verify(case: Case) -> bool:
     init_process_group(TIMEOUT)
     config, device = case.config, local_device()
     axes = config.parallel
-    mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp))
+    mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp), TIMEOUT)
     say(
         f"{dist.get_world_size()} ranks, {device.type}, {dist.get_backend()}: "
         + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -15,7 +15,9 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
@@ -67,15 +70,22 @@ class CheckpointSaver:
     Args:
         folder: the run's `checkpoints`, on a file system that all ranks see.
         keep: older checkpoints beyond these are removed once a new one is committed.
-        on_commit: told, on rank 0 and from its thread, of each new checkpoint.
+        announce: told, on rank 0 and from its thread, of each new checkpoint, and of older ones
+            that could not be removed.
+        timeout: how long ranks that have written their part wait for the slowest; never less than
+            torch's 30 minutes, since training goes on meanwhile.
     """
 
     def __init__(
-        self, folder: Path, keep: Keep, on_commit: Callable[[Path], None] | None = None
+        self,
+        folder: Path,
+        keep: Keep,
+        announce: Callable[[str], None] | None = None,
+        timeout: timedelta = default_pg_timeout,
     ) -> None:
-        self._folder, self._keep, self._on_commit = folder, keep, on_commit
+        self._folder, self._keep, self._announce = folder, keep, announce
         # Of its own: its collectives run beside those of training.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=max(timeout, default_pg_timeout))
         self._saving: Future[Path] | None = None
 
     def __enter__(self) -> CheckpointSaver:
@@ -153,6 +163,8 @@ class CheckpointSaver:
         dist.broadcast_object_list(told := [failures], src=0, group=self._group)
         if told[0]:
             raise SaveError(f"{target} could not be saved: {'; '.join(told[0])}")
+        if rank == 0:
+            self._after_commit(target)
         return target
 
     def _commit(self, partial: Path, target: Path, files: dict[str, FileRecord]) -> None:
@@ -160,9 +172,13 @@ class CheckpointSaver:
         _sync(*partial.iterdir(), partial)
         os.rename(partial, target)
         _sync(self._folder)
-        _prune(self._folder, self._keep)
-        if self._on_commit is not None:
-            self._on_commit(target)
+
+    def _after_commit(self, target: Path) -> None:
+        """What may fail without the new checkpoint being any worse, or the run ending for it."""
+        lines = [f"checkpoint: {target}", *_prune(self._folder, self._keep)]
+        if self._announce is not None:
+            with suppress(OSError):  # a terminal that is gone
+                self._announce("\n".join(lines))
 
 
 def _copied(value: Tensor) -> Tensor:
@@ -222,14 +238,23 @@ def _sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
-def _prune(folder: Path, keep: Keep) -> None:
-    """Remove checkpoints that need not stay; the newest, just written and hashed, always does."""
+def _prune(folder: Path, keep: Keep) -> list[str]:
+    """Remove checkpoints that need not stay; the newest, just written and hashed, always does.
+
+    Returns:
+        A warning for each that could not be removed.
+    """
     if keep.newest is None:
-        return
+        return []
+    warnings = []
     for path in list_checkpoints(folder)[: -keep.newest]:
         if keep.every is not None and checkpoint_step(path) % keep.every == 0:
             continue
         # Renamed first, so that no half-deleted folder ever has a checkpoint's name.
         doomed = path.with_name(f".removing-{path.name}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        try:
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            warnings.append(f"warning: {path} could not be removed: {error}")
+    return warnings

@@ -51,6 +51,13 @@ class Mesh:
     dp_group: dist.ProcessGroup | None
     shape: dict[str, int]
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Every process group that the model's collectives and a step's sums go over."""
+        meshes = [mesh for mesh in (self.tp, self.fsdp, self.fsdp_tp) if mesh is not None]
+        groups = [group for mesh in meshes for group in mesh.get_all_groups()]
+        return groups if self.dp_group is None else [*groups, self.dp_group]
+
 
 def init_process_group(timeout: timedelta) -> None:
     """Join the job's process group: torchrun's, or one of this process alone without torchrun.
@@ -107,16 +114,18 @@ def close_process_group() -> None:
 
 
 def leave_job(exit_code: int) -> NoReturn:
-    """End this process, whose work is done, without tearing the interpreter down.
+    """End this process at once, from any thread, without tearing the interpreter down.
 
-    Meshes keep gloo's process groups alive beyond `destroy_process_group`, and a thread of theirs
-    that still runs when the interpreter destroys them aborts the process ("terminate called
-    without an active exception": seen in 1 of 27 exits of two ranks on busy cores). A finished run
-    must not end as a failed job for that.
+    For a process that is stuck, or whose work is done: meshes keep gloo's process groups alive
+    beyond `destroy_process_group`, and a thread of theirs that still runs when the interpreter
+    destroys them aborts the process ("terminate called without an active exception": seen in 1 of
+    27 exits of two ranks on busy cores). A finished run must not end as a failed job for that.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # even where nobody reads them any more
+        os._exit(exit_code)
 
 
 def from_first_rank(value: str) -> str:
@@ -126,8 +135,12 @@ def from_first_rank(value: str) -> str:
     return values[0]
 
 
-def build_mesh(layout: Layout) -> Mesh:
+def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     """Build and check the mesh with torchtitan's `ParallelDims`; all ranks call it together.
+
+    Args:
+        timeout: of the meshes' collectives. They don't inherit `init_process_group`'s: torch gives
+            new groups 10 minutes with NCCL, 30 with gloo, and None leaves it at that.
 
     Raises:
         ValueError: the product of the axes is not the number of ranks.
@@ -152,7 +165,7 @@ def build_mesh(layout: Layout) -> Mesh:
     )
     dims.build_mesh()
     batch = dims.get_optional_mesh("batch")
-    return Mesh(
+    mesh = Mesh(
         tp=dims.get_optional_mesh("tp"),
         fsdp=_fsdp_mesh(dims),
         fsdp_tp=_fsdp_tp_mesh(dims),
@@ -161,6 +174,10 @@ def build_mesh(layout: Layout) -> Mesh:
         dp_group=None if batch is None else batch.get_group(),
         shape={"dp_replicate": layout.dp_replicate, "dp_shard": dp_shard, "tp": layout.tp},
     )
+    if timeout is not None:
+        for group in mesh.groups:
+            group.set_timeout(timeout)
+    return mesh
 
 
 def _fsdp_mesh(dims: ParallelDims) -> DeviceMesh:

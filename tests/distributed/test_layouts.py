@@ -111,6 +111,12 @@ def test_a_step_issues_these_collectives_and_no_others(measured, name):
     assert measured(case.ranks, case.job)[name]["traffic"] == expected_traffic(case)
 
 
+def test_every_group_of_a_mesh_has_its_timeout(measured):
+    found = measured(2)["timeouts"]
+    assert all(len(groups) >= 2 for groups in found.values())
+    assert {seconds for groups in found.values() for seconds in groups} == {120.0}
+
+
 def expected_traffic(case):
     """Collectives of a first step: 4 layers, 2 of them with TTT, and 2 layers of the Depformer."""
     layout, passes = LAYOUTS[case.layout][1], ACCUMULATION

@@ -87,19 +87,24 @@ def reshard_checkpoint(
 
 
 def main(results: Path, work: Path, plain: Path, job: str) -> None:
-    init_process_group(timedelta(seconds=120))
+    init_process_group(timeout := timedelta(seconds=120))
     world_size = dist.get_world_size()
     weights = work / "tiny.safetensors"
     if dist.get_rank() == 0:
         tiny.save_release_weights(weights, tiny.WIDE_LM_CONFIG)
     dist.barrier()
     meshes = {
-        name: build_mesh(lay) for name, (ranks, lay) in LAYOUTS.items() if ranks == world_size
+        name: build_mesh(lay, timeout)
+        for name, (ranks, lay) in LAYOUTS.items()
+        if ranks == world_size
     }
     cases = {n: c for n, c in CASES.items() if c.layout in meshes and c.job == job}
     plain_runs = PlainRuns(weights, plain)
     plain_runs.compute(list(dict.fromkeys(case.trained for case in cases.values())))
-    found: dict[str, Any] = {"seconds": {}}
+    found: dict[str, Any] = {"seconds": {}, "timeouts": {}}
+    for name, mesh in meshes.items():
+        backends = [group._get_backend(torch.device("cpu")) for group in mesh.groups]
+        found["timeouts"][name] = [each.options._timeout.total_seconds() for each in backends]
 
     def run(name: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         start = time.monotonic()

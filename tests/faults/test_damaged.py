@@ -30,10 +30,10 @@ def copy_of(whole: Run, folder: Path, *steps: int) -> Run:
     return Run(folder, whole.job)
 
 
-def flip_a_bit(file: Path) -> None:
+def flip_a_bit(file: Path, bit: int = 0) -> None:
     """In the middle, among the tensors."""
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2] ^= 1 << bit
     file.write_bytes(data)
 
 
@@ -42,25 +42,30 @@ def cut(file: Path) -> None:
 
 
 def test_damaged_checkpoints_are_named_and_the_newest_good_one_is_taken(setting, tmp_path):
-    """A flipped bit, a torn folder, an empty one, and names that are no checkpoint's."""
+    """Flipped bits, a torn folder, an empty one, and names that are no checkpoint's."""
     run = copy_of(setting.whole, tmp_path / "run", 2, 4)
     folder = run.folder / "checkpoints"
     flip_a_bit(folder / "step-000004" / "__1_0.distcp")
-    shutil.copytree(folder / "step-000002", folder / "step-000005")
-    (folder / "step-000005" / ".metadata").unlink()
+    for name in ("step-000003", "step-000005"):
+        shutil.copytree(folder / "step-000002", folder / name)
+    (folder / "step-000003" / ".metadata").unlink()
+    flip_a_bit(folder / "step-000005" / "progress.json", bit=7)  # no UTF-8 any more
     (folder / "step-000006").mkdir()
+    (folder / ".removing-step-000001").mkdir()
     shutil.copytree(setting.whole.folder / "checkpoints" / "step-000006", folder / "step-9.bak")
     good = snapshot(folder / "step-000002")
     resumed = assert_taken_up(setting, run, after=2)
     for line in (
+        "step-000003 is damaged (.metadata is missing)",
         "step-000004 is damaged (__1_0.distcp is not what was saved (SHA-256 differs))",
-        "step-000005 is damaged (.metadata is missing)",
+        "step-000005 is damaged (progress.json is not what was saved (SHA-256 differs))",
         "step-000006 is damaged (manifest.json can't be read",
+        ".removing-step-000001 was being removed, and isn't used; you may delete it",
     ):
         assert resumed.job.stdout.count(line) == 1, line
     assert snapshot(folder / "step-000002") == good
     aside = [name[:19] for name in resumed.checkpoints if name.startswith("damaged-")]
-    assert aside == ["damaged-step-000004", "damaged-step-000005", "damaged-step-000006"]
+    assert aside == [f"damaged-step-00000{step}" for step in (3, 4, 5, 6)]
     assert_good(resumed, 2, 4, 6)
 
 

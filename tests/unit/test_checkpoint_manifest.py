@@ -25,7 +25,9 @@ def checkpoint(tmp_path) -> Path:
     return folder
 
 
-def test_what_was_saved_is_whole(checkpoint):
+def test_what_was_saved_is_whole_whatever_lies_beside_it(checkpoint):
+    (checkpoint / "notes.txt").write_text("The best one so far.")
+    (checkpoint / ".nfs0001").symlink_to("gone")
     assert structure_problems(checkpoint) == content_problems(checkpoint, alone=True) == []
 
 
@@ -38,10 +40,14 @@ def flip(folder: Path) -> None:
 DAMAGES = {
     "cut": (lambda f: (f / "tensors").write_bytes(bytes(9)), "tensors has 9 bytes of 256", True),
     "gone": (lambda f: (f / "tensors").unlink(), "tensors is missing", True),
-    "one more": (lambda f: (f / "x").touch(), "x is not of this checkpoint", True),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest.json can't be read", True),
     "no JSON": (lambda f: (f / MANIFEST).write_text("{"), "manifest.json can't be read", True),
     "a list": (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json can't be read", True),
+    "a list of files": (
+        lambda f: (f / MANIFEST).write_text('{"format": 1, "files": []}'),
+        "manifest.json can't be read",
+        True,
+    ),
     "later format": (
         lambda f: (f / MANIFEST).write_text('{"format": 2, "files": {}}'),
         "format 2 is not 1",
@@ -90,5 +96,13 @@ def test_names_are_read_strictly(tmp_path):
 def test_what_stays(tmp_path, keep, left):
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"step-{step:06d}").mkdir()
-    _prune(tmp_path, keep)
+    assert _prune(tmp_path, keep) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{s:06d}" for s in left]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_and_the_others_go(tmp_path):
+    for name in ("step-000002", ".removing-step-000002/left", "step-000004", "step-000006"):
+        (tmp_path / name).mkdir(parents=True)
+    (warning,) = _prune(tmp_path, Keep(newest=1))
+    assert warning.startswith(f"warning: {tmp_path / 'step-000002'} could not be removed: ")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000006"]
