@@ -24,7 +24,8 @@ class Watchdog:
     Args:
         limit_sec: longest time between two calls of `beat`.
         rank: rank 0 leaves first.
-        on_stuck: called with the message before the process ends.
+        on_stuck: called with the message before the process ends, which it does even if this
+            raises.
     """
 
     def __init__(self, limit_sec: float, rank: int, on_stuck: Callable[[str], None]) -> None:
@@ -64,9 +65,12 @@ class Watchdog:
         )
         if self._rank != 0:
             time.sleep(_OTHERS_GRACE_SEC)
-        print(message, file=sys.stderr, flush=True)
-        self._on_stuck(message)
-        leave_job(EXIT_STUCK)
+        try:
+            print(message, file=sys.stderr, flush=True)
+            self._on_stuck(message)
+        finally:
+            # Even where the message can't be written: nobody else would end this process.
+            leave_job(EXIT_STUCK)
 
 
 def _where(frames: dict[int, FrameType], main: int) -> str:
