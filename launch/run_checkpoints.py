@@ -7,9 +7,8 @@ from pathlib import Path
 from launch.config import TrainConfig
 from launch.errors import UserError
 from launch.run_folder import RunFolder
-from parallel.checkpoint import checkpoint_step, list_checkpoints, read_progress
+from parallel.checkpoint import checkpoint_step, list_checkpoints
 from parallel.checkpoint_manifest import content_problems, structure_problems
-from parallel.checkpoint_metadata import CheckpointError
 
 
 def choose_checkpoint(run: Path, step: int | None, *, named: str) -> Path:
@@ -68,13 +67,11 @@ def resume_problems(config: TrainConfig) -> list[str]:
 
 
 def _nothing_left(config: TrainConfig, newest: Path) -> list[str]:
-    try:
-        saved = read_progress(newest)
-    except CheckpointError as error:
-        return [f"resume: {error}"]
-    if saved.step < config.max_steps:
+    # By its name: what it holds isn't hashed yet, and an older one may be good.
+    done = checkpoint_step(newest)
+    if done < config.max_steps:
         return []
     return [
-        f"resume: {newest} has done {saved.step} steps and max_steps is {config.max_steps}, so "
+        f"resume: {newest} has done {done} steps and max_steps is {config.max_steps}, so "
         "nothing is left to do; raise max_steps to train on"
     ]

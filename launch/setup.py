@@ -225,7 +225,8 @@ def resume(
         say(f"warning: {bad} is damaged ({'; '.join(problems)}); it is now {aside.name}")
         if dist.get_rank() == 0:
             bad.rename(aside)
-    for left in sorted(folder.checkpoints.glob(".saving-*")):
-        say(f"warning: {left} was never finished, and isn't used; you may delete it")
+    for pattern, why in ((".saving-*", "never finished"), (".removing-*", "being removed")):
+        for left in sorted(folder.checkpoints.glob(pattern)):
+            say(f"warning: {left} was {why}, and isn't used; you may delete it")
     say(f"resumed after step {saved.step} from {path}")
     return saved

@@ -67,7 +67,8 @@ def load_checkpoint(
     """Put a saved state into a built and sharded model, its optimizers and schedule, in place.
 
     All ranks call it together. Tensors are resharded where the layout differs from the saved one;
-    ranks that the saved layout did not have keep their own random state.
+    random states that were not saved (ranks that the saved layout did not have, GPUs where it had
+    none) stay as they are.
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors do not fit the model.
@@ -75,11 +76,11 @@ def load_checkpoint(
     progress = read_progress(path)
     model_tensors = _model_tensors(model)
     optimizer_tensors = _optimizer_tensors(optimizers)
-    same_layout_ranks = dist.get_rank() < _ranks(progress.layout)
-    random_states = _random_states() if same_layout_ranks else {}
+    reader = CheckpointReader(path)
+    saved = reader.read_metadata().state_dict_metadata
+    random_states = {name: state for name, state in _random_states().items() if name in saved}
     # What is loaded is written into these very tensors: the parameters and Adam's moments.
     tensors = model_tensors | optimizer_tensors | random_states
-    reader = CheckpointReader(path)
     _refuse_others(path, reader, tensors, "model.", "optimizer.")
     load_tensors(tensors, reader, f"{path}: {_UNFIT}")
     hyperparameters = {
@@ -134,7 +135,7 @@ def read_progress(path: Path) -> Progress:
     file = path / PROGRESS_FILE
     try:
         return Progress(**json.loads(file.read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file}: cannot be read as a checkpoint's progress: {error}"
         ) from None
@@ -176,10 +177,3 @@ def _restore_random_states(states: dict[str, Tensor]) -> None:
             torch.set_rng_state(state)
         else:
             torch.cuda.set_rng_state(state)
-
-
-def _ranks(layout: dict[str, int]) -> int:
-    ranks = 1
-    for size in layout.values():
-        ranks *= size
-    return ranks

@@ -42,21 +42,25 @@ def write_manifest(folder: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def structure_problems(folder: Path) -> list[str]:
-    """Why a checkpoint can't be whole, told without reading its tensors: names and sizes."""
+    """Why a checkpoint can't be whole, told without reading its tensors: names and sizes.
+
+    Files that the manifest doesn't list are nobody's business: a person's notes, NFS's own.
+    """
     try:
         files = _read_manifest(folder)
-    except (OSError, TypeError, KeyError, ValueError) as error:
+    except (OSError, AttributeError, TypeError, KeyError, ValueError) as error:
         return [f"{MANIFEST} can't be read: {error}"]
-    found = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != MANIFEST}
-    problems = [f"{name} is missing" for name in sorted(files.keys() - found.keys())]
-    problems += [
-        f"{name} is not of this checkpoint" for name in sorted(found.keys() - files.keys())
-    ]
-    problems += [
-        f"{name} has {found[name]:,} bytes of {record.bytes:,}"
-        for name, record in files.items()
-        if name in found and found[name] != record.bytes
-    ]
+    problems = []
+    for name, record in sorted(files.items()):
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} can't be read: {error}")
+        else:
+            if size != record.bytes:
+                problems.append(f"{name} has {size:,} bytes of {record.bytes:,}")
     return problems
 
 
