@@ -5,8 +5,9 @@
 
 CONFIG is a file of `launch/train.py` (.yaml), with its overrides; a MANIFEST is a .jsonl, a folder
 of them, or path:weight,path:weight, as `data.train_data` takes it. Every manifest line, audio
-header and alignment file is read; `--decode` reads all samples too, and finds audio that breaks
-off or is damaged after its header. No model, codes or GPU is needed, and nothing is written.
+header (or header of ready codes) and alignment file is read; `--decode` reads all samples too, and
+finds audio that breaks off or is damaged after its header. No model, codes or GPU is needed, and
+nothing is written.
 
 Problems name manifest and line; with any of them the exit code is 2. Most of them training would
 refuse, too, at the start or where it encodes; two it would take and learn little from: words far

@@ -25,8 +25,8 @@ from ttt_dist.data import audio
 from ttt_dist.data.audio import (
     FRAME_SAMPLES,
     StereoFile,
+    encode_blocks,
     encode_pieces,
-    encode_whole,
     valid_frames,
 )
 from ttt_dist.data.cache import CodesSpec
@@ -205,7 +205,7 @@ def test_mimi_in_blocks_is_mimi_in_one_call(samples):
     mimi = copy.deepcopy(small_mimi()).double()
     recording = stereo(samples / 24_000).astype(np.float64)
     blocks = [recording[:, first : first + 240_000] for first in range(0, samples, 240_000)]
-    codes = encode_whole(mimi, blocks)
+    codes = encode_blocks(mimi, blocks)
     with torch.no_grad():
         once = mimi.encode(torch.from_numpy(recording)[:, None])  # [2, 8, F]
     assert codes.dtype == torch.int32
@@ -214,7 +214,7 @@ def test_mimi_in_blocks_is_mimi_in_one_call(samples):
     # was another.
     assert torch.equal(codes, once.flatten(0, 1).int())
     assert not mimi.is_streaming
-    assert encode_whole(mimi, []).shape == (16, 0)
+    assert encode_blocks(mimi, []).shape == (16, 0)
 
 
 def test_a_recording_may_stay_whole(tmp_path):

@@ -213,12 +213,13 @@ def test_pieces_without_codes_are_told(tmp_path):
         PieceDataset(sources, cache_in(tmp_path / "cache"))
 
 
-def test_a_codec_that_does_not_fit_the_model_is_refused():
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_codec_that_does_not_fit_the_model_is_refused(whole):
     class Info:
         """The parts of moshi's CheckpointInfo that loading a codec reads."""
 
         lm_config = {"n_q": 16, "dep_q": 8, "card": 2048, "text_card": 20}  # noqa: RUF012
-        mimi_config = None
+        mimi_config = MIMI_CONFIG | {"transformer": MIMI_CONFIG["transformer"] | {"context": None}}
         mimi_weights = tokenizer = Path("a")
 
         def get_mimi(self, device):
@@ -228,7 +229,8 @@ def test_a_codec_that_does_not_fit_the_model_is_refused():
             return small_codec().tokenizer
 
     with pytest.raises(DataError) as raised:
-        load_codec(Info(), CodesSpec(2.0, 8, TextIds(), "m", "t"), "cpu")
+        load_codec(Info(), CodesSpec(None if whole else 2.0, 8, TextIds(), "m", "t"), "cpu")
+    assert ("can't be encoded block by block" in str(raised.value)) == whole
     assert "codebooks of 64 codes don't fit the model's card = 2048" in str(raised.value)
     assert "tokens don't fit the model's text_card = 20" in str(raised.value)
 

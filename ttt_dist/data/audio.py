@@ -148,7 +148,7 @@ def encode_pieces(
 
 
 @torch.no_grad()
-def encode_whole(mimi: MimiModel, blocks: Iterable[np.ndarray]) -> torch.Tensor:
+def encode_blocks(mimi: MimiModel, blocks: Iterable[np.ndarray]) -> torch.Tensor:
     """Codes of a recording that comes in blocks, Mimi's state being carried from one to the next.
 
     Args:

@@ -156,7 +156,7 @@ class GlobalOrder:
         self._bounds[-1] = 1.0
         self._seed = seed
         self._shuffle = shuffle
-        self._epochs: dict[int, tuple[int, np.ndarray]] = {}
+        self._epochs: dict[int, dict[int, np.ndarray]] = {}
         self._layout: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __getitem__(self, position: int) -> int:
@@ -165,11 +165,13 @@ class GlobalOrder:
         source, local = (0, position) if len(self._sizes) == 1 else self._place(position)
         epoch, offset = divmod(local, self._sizes[source])
         if self._shuffle:
-            known = self._epochs.get(source)
-            if known is None or known[0] != epoch:
-                known = (epoch, self._permutation(self._sizes[source], source, epoch))
-                self._epochs[source] = known
-            offset = int(known[1][offset])
+            known = self._epochs.setdefault(source, {})
+            if epoch not in known:
+                # Two, as lanes side by side may stand on either side of an epoch's end.
+                if len(known) == 2:
+                    del known[min(known)]
+                known[epoch] = self._permutation(self._sizes[source], source, epoch)
+            offset = int(known[epoch][offset])
         return int(self._starts[source]) + offset
 
     def _place(self, position: int) -> tuple[int, int]:

@@ -21,8 +21,8 @@ from moshi.models.loaders import _mimi_config as MIMI_CONFIG
 from ttt_dist.data.audio import (
     SAMPLE_RATE,
     StereoFile,
+    encode_blocks,
     encode_pieces,
-    encode_whole,
     valid_frames,
 )
 from ttt_dist.data.cache import CodesCache, CodesSpec
@@ -89,6 +89,12 @@ def load_codec(info: CheckpointInfo, spec: CodesSpec, device: torch.device | str
         problems.append(
             f"Mimi ({info.mimi_weights}): codebooks of {mimi.cardinality} codes don't fit the "
             f"model's card = {config.get('card', 2048)}"
+        )
+    window = (info.mimi_config or MIMI_CONFIG)["transformer"].get("context")
+    if spec.frames is None and window is None:
+        problems.append(
+            f"Mimi ({info.mimi_weights}): its transformer has no context, so a recording can't be "
+            "encoded block by block; use the Mimi of a release, or ttt.persistent_states: false"
         )
     if tokenizer.vocab_size() > config.get("text_card", 32_000):
         problems.append(
@@ -269,7 +275,7 @@ def _encode_whole(
     recording: Recording, words: Sequence[Word], codec: Codec, spec: CodesSpec
 ) -> torch.Tensor:
     """`[R, F]`; what is said and heard runs on without borders."""
-    audio = encode_whole(codec.mimi, StereoFile(recording.path).blocks())
+    audio = encode_blocks(codec.mimi, StereoFile(recording.path).blocks())
     text = _text(piece_words(words, 0.0, math.inf), audio.shape[1], codec, spec)
     return torch.cat([text[None], audio])
 

@@ -102,7 +102,8 @@ class LaneBatches(ReadAhead[LaneStep]):
         self._num_lanes, self._batch_size = num_lanes, batch_size
         self._pieces_per_step = pieces_per_step
         own = num_lanes // dp_size
-        places = [_Place(lane) for lane in range(dp_rank * own, (dp_rank + 1) * own)]
+        lanes = range(dp_rank * own, (dp_rank + 1) * own)
+        places = [_Place(lane, lane, order[lane]) for lane in lanes]
         self._pass_over(places, start_step * pieces_per_step)
         self._lanes = [(place, _Loaded(dataset, delays, initial)) for place in places]
         self._due = start_step
@@ -128,44 +129,49 @@ class LaneBatches(ReadAhead[LaneStep]):
         """The next piece of every lane of a group, whether a recording begins, and its number."""
         pieces, begins, samples = [], [], []
         for place, loaded in group:
-            recording = self._order[place.position]
-            index = self._dataset.index(recording, place.piece)
+            index = self._dataset.index(place.recording, place.piece)
             try:
-                pieces.append(loaded.piece(recording, place.piece))
+                pieces.append(loaded.piece(place.recording, place.piece))
             except BrokenPieceError as error:
                 broken[index] = str(error)
                 pieces.append(loaded.nothing())
             begins.append(place.piece == 0)
             samples.append(index)
             place.piece += 1
-            if place.piece == self._dataset.pieces_of(recording):
-                place.position, place.piece = place.position + self._num_lanes, 0
+            if place.piece == self._dataset.pieces_of(place.recording):
+                self._go_on(place)
         return torch.stack(pieces), torch.tensor(begins), samples
 
     def _pass_over(self, places: list[_Place], pieces: int) -> None:
         """Move every lane on by so many pieces, without reading any."""
-        left = dict.fromkeys((place.position for place in places), pieces)
+        left = {place.lane: pieces for place in places}
         moving = places
-        # Lanes side by side: the order remembers an epoch, and each lane alone would pass them all.
+        # Lanes side by side: the order remembers few epochs, and each alone would pass them all.
         while moving:
             still = []
             for place in moving:
-                lane = place.position % self._num_lanes
-                count = self._dataset.pieces_of(self._order[place.position])
-                if left[lane] < count:
-                    place.piece = left[lane]
+                count = self._dataset.pieces_of(place.recording)
+                if left[place.lane] < count:
+                    place.piece = left[place.lane]
                 else:
-                    left[lane] -= count
-                    place.position += self._num_lanes
+                    left[place.lane] -= count
+                    self._go_on(place)
                     still.append(place)
             moving = still
+
+    def _go_on(self, place: _Place) -> None:
+        """To the beginning of the lane's next recording."""
+        place.position += self._num_lanes
+        place.recording, place.piece = self._order[place.position], 0
 
 
 @dataclass
 class _Place:
-    """Where a lane stands: at a position of the order, before a piece of its recording."""
+    """Where a lane stands: before a piece of the recording at a position of the order."""
 
+    lane: int
     position: int
+    recording: int
     piece: int = 0
 
 
