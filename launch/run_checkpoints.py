@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from launch.config import TrainConfig
 from launch.errors import UserError
 from launch.run_folder import RunFolder
 from parallel.checkpoint import checkpoint_step, list_checkpoints
 from parallel.checkpoint_manifest import content_problems, structure_problems
+from ttt_dist.data.dataset import PieceDataset
 
 
 def choose_checkpoint(run: Path, step: int | None, *, named: str) -> Path:
@@ -63,6 +65,39 @@ def resume_problems(config: TrainConfig) -> list[str]:
     return [
         f"resume: none of the checkpoints in {folder} is whole ({' | '.join(damaged)}); nothing "
         "starts anew over them: restore one, or start a new run in another run_dir"
+    ]
+
+
+def order_facts(pieces: PieceDataset) -> list[dict[str, Any]]:
+    """What the global order depends on beside the configuration, for `Progress.sources`."""
+    each = zip(pieces.source_paths, pieces.source_sizes, pieces.weights, strict=True)
+    return [{"path": str(path), "pieces": size, "weight": weight} for path, size, weight in each]
+
+
+def other_data_problems(saved: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    """Why a run can't go on with these sources: its next samples would be others.
+
+    Args:
+        saved: `order_facts` of the checkpoint. Paths may change.
+        found: those of this start.
+    """
+    key = "data.train_data"
+    if len(saved) != len(found):
+        problems = [f"{key}: {len(found)} sources, but the checkpoint was made with {len(saved)}"]
+    else:
+        problems = [
+            f"{key}: {now['path']}: found {now['pieces']} pieces and weight {now['weight']:g}, but "
+            f"the checkpoint was made with {then['pieces']} and {then['weight']:g} ({then['path']})"
+            for then, now in zip(saved, found, strict=True)
+            if (then["pieces"], then["weight"]) != (now["pieces"], now["weight"])
+        ]
+    if not problems:
+        return []
+    return [
+        *problems,
+        "resume: goes on in the order that the run began with, so put the data back; to train on "
+        "other data with these weights, export them (launch/export.py) and start a new run from "
+        "that folder (moshi_paths.hf_repo_id)",
     ]
 
 

@@ -13,9 +13,11 @@ from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from tqdm import tqdm
 
 from launch.config import TrainConfig, utc_timestamp
+from launch.errors import UserError
 from launch.model_checks import configured_ttt, lora_settings
 from launch.parameter_table import parameter_table
 from launch.prepare import open_cache, read_splits
+from launch.run_checkpoints import other_data_problems
 from launch.run_folder import RunFolder
 from parallel.checkpoint import Progress, list_checkpoints, load_checkpoint
 from parallel.checkpoint_manifest import content_problems
@@ -198,13 +200,18 @@ def resume(
     model: TTTMoshi,
     optimizers: OptimizersContainer,
     schedule: LRSchedulersContainer,
+    sources: list[dict[str, Any]],
 ) -> Progress:
     """Load the newest good checkpoint of the run; newer ones, which are damaged, are set aside.
 
     All ranks call it together.
 
+    Args:
+        sources: `order_facts` of this start's training data.
+
     Raises:
         CheckpointError: none is good, or it does not fit the model.
+        UserError: it was made with other training data.
     """
     damaged: dict[Path, list[str]] = {}
     for path in reversed(list_checkpoints(folder.checkpoints)):
@@ -219,6 +226,10 @@ def resume(
             "starts anew over them: restore one, or start a new run in another run_dir"
         )
     saved = load_checkpoint(path, model, optimizers, schedule)
+    if not saved.sources:
+        say(f"warning: {path} doesn't say what data it was made with, so that isn't checked")
+    elif problems := other_data_problems(saved.sources, sources):
+        raise UserError(problems)
     for bad, problems in damaged.items():
         # Its name is wanted again, when this run comes to that step.
         aside = bad.with_name(f"damaged-{bad.name}-{utc_timestamp()}")

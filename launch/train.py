@@ -39,6 +39,7 @@ from launch.optim import build_optimizers, build_schedule
 from launch.plots import plot_losses
 from launch.preflight import Start, check_start, run_warnings
 from launch.profiling import open_profiler
+from launch.run_checkpoints import order_facts
 from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
 from launch.sample_guard import SampleGuard, refuse_broken_evaluation
 from launch.setup import make_model, open_data, resume, say
@@ -133,7 +134,7 @@ def train(start: Start) -> None:
         schedule = build_schedule(optimizers, config.optim, config.max_steps)
         counters: dict[str, float] = {}
         if config.resume:
-            saved = resume(folder, model, optimizers, schedule)
+            saved = resume(folder, model, optimizers, schedule, order_facts(train_pieces))
             status.step, counters = saved.step, saved.counters
         first_step = status.step
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
@@ -192,6 +193,7 @@ def train(start: Start) -> None:
                 scheduler_steps=int(schedule.state_dict()["last_epoch"]),
                 layout=mesh.shape,
                 counters=guard.counters | sample_guard.counters,
+                sources=order_facts(train_pieces),
             )
             saver.save(model, optimizers, schedule, progress)
 

@@ -36,6 +36,7 @@ class Progress:
         scheduler_steps: steps of the learning-rate schedule.
         layout: ranks of each mesh axis at the time of saving.
         counters: what else a run counts, by name.
+        sources: of the training data, one after the other, what the global order depends on.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Progress:
     scheduler_steps: int
     layout: dict[str, int]
     counters: dict[str, float] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import torch
 
 from launch.config import TrainConfig, load_config
 from launch.errors import UserError
+from launch.run_checkpoints import other_data_problems
 from launch.run_folder import (
     adopt_saved,
     create_run_folder,
@@ -16,6 +17,24 @@ from launch.run_folder import (
     host_facts,
     run_dir_problems,
 )
+
+
+def sources(*each: tuple[str, int, float]) -> list[dict]:
+    return [{"path": path, "pieces": size, "weight": weight} for path, size, weight in each]
+
+
+def test_sources_of_a_resumed_run_may_move_but_not_change():
+    saved = sources(("a.jsonl", 5, 1.0), ("b.jsonl", 7, 2.0))
+    moved = sources(("x/a.jsonl", 5, 1.0), ("x/b.jsonl", 7, 2.0))
+    assert other_data_problems(saved, moved) == []
+    changed = sources(("a.jsonl", 5, 1.0), ("b.jsonl", 8, 2.0))
+    problem, way_on = other_data_problems(saved, changed)
+    assert "b.jsonl: found 8 pieces and weight 2, but" in problem
+    assert "with 7 and 2 (b.jsonl)" in problem
+    assert "launch/export.py" in way_on
+    weighed = sources(("a.jsonl", 5, 3.0), ("b.jsonl", 7, 2.0))
+    assert "found 5 pieces and weight 3" in other_data_problems(saved, weighed)[0]
+    assert "1 sources, but" in other_data_problems(saved, saved[:1])[0]
 
 
 def config_for(run_dir: Path, *overrides: str) -> TrainConfig:

@@ -35,6 +35,7 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
     def __init__(self, sources: Sequence[Source], cache: CodesCache) -> None:
         if cache.spec.frames is None:
             raise ValueError("duration_sec: found None, allowed are pieces' seconds")
+        self.source_paths = [source.path for source in sources]
         self.weights = [source.weight for source in sources]
         self.source_sizes: list[int] = []
         self.rows, self.frames = cache.spec.rows, cache.spec.frames

@@ -21,6 +21,7 @@ class RecordingDataset:
     only numbered, since nothing is cut here.
 
     Attributes:
+        source_paths: of each source, as it was named.
         weights, source_sizes: of each source, its weight and its recordings, for `GlobalOrder`.
         rows: R, rows of codes: text, left channel, right channel.
         frames: T, frames of a piece.
@@ -35,6 +36,7 @@ class RecordingDataset:
             raise ValueError(f"duration_sec: found {cache.spec.duration_sec}, allowed is None")
         if piece_frames < 1:
             raise ValueError(f"piece_frames: found {piece_frames}, allowed is 1 or above")
+        self.source_paths = [source.path for source in sources]
         self.weights = [source.weight for source in sources]
         self.source_sizes = [len(source.recordings) for source in sources]
         self.rows, self.frames = cache.spec.rows, piece_frames
