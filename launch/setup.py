@@ -125,7 +125,7 @@ def make_model(
     loaded_ttt = {name for name in loaded if is_ttt_parameter(name)}
     if loaded_ttt:
         say(f"TTT weights: {len(loaded_ttt)} tensors from the release")
-    if config.ttt.enable and initialised == 0 and not loaded_ttt:
+    if layers and initialised == 0 and not loaded_ttt:
         raise RuntimeError("TTT is enabled, but no TTT parameter was initialised or loaded")
     if adapters is not None:
         done = "go on training" if config.lora.enable else "merged into the weights"
