@@ -150,6 +150,11 @@ def open_source(folder: Path, checkpoint: Path | None, device: torch.device) -> 
         config = _run_config(folder)
         release = open_release(**config.moshi_paths.model_dump())
         problems = refuse_unbuilt(config) + _talking_problems(release)
+        if config.ttt.enable and not config.ttt.causal:
+            problems.append(
+                f"{folder / 'config.yaml'}: ttt.causal: found false; a model that looks ahead "
+                "can't stream; allowed: true"
+            )
         if problems:
             raise UserError(problems)
         ttt, windows = ttt_placement(config, release.lm_config), attention_windows(config)

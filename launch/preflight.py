@@ -199,6 +199,12 @@ def run_warnings(config: TrainConfig) -> list[str]:
             f"ttt.mini_batch_size: {config.ttt.mini_batch_size} is no less than the {frames} "
             "frames of a piece: the inner weights are never updated within one"
         )
+    if config.ttt.enable and not config.ttt.causal:
+        warnings.append(
+            "ttt.causal: false lets a frame see later frames of its mini-batch, which an "
+            "autoregressive model has to predict: losses look better than the model is, and it "
+            "can't generate"
+        )
     if config.eval_freq > 0 and not config.do_eval:
         warnings.append("eval_freq: has no effect, since do_eval is false")
     if config.lora.ft_embed and not config.lora.enable:

@@ -30,11 +30,6 @@ def refuse_unbuilt(config: TrainConfig) -> list[str]:
             "allowed: false",
         ),
         (
-            not ttt.causal,
-            "ttt.causal: found false; a frame would then see later frames of its mini-batch, which "
-            "an autoregressive model has to predict; allowed: true",
-        ),
-        (
             config.overwrite_run_dir,
             "overwrite_run_dir: found true; it would delete the old run, and nothing is ever "
             "deleted here; allowed: false; name a new run_dir, or put ${time} into it",

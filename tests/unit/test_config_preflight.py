@@ -52,7 +52,6 @@ def test_7b_configs_lack_nothing_but_data(tmp_path: Path, name: str) -> None:
         ("ttt.persistent_states=true", "ttt.persistent_states"),
         ("ttt.log_inner_loop_losses=true", "ttt.log_inner_loop_losses"),
         ("ttt.save_inner_loop_plots=true", "ttt.save_inner_loop_plots"),
-        ("ttt.causal=false", "later frames"),
         ("overwrite_run_dir=true", "nothing is ever deleted"),
     ],
 )
@@ -217,6 +216,9 @@ def test_warnings(tmp_path: Path) -> None:
     assert [w.split(":")[0] for w in run_warnings(demo(tmp_path, *lora))] == ["lora.ft_embed"]
     lora.append("lora.enable=true")
     assert [w.split(":")[0] for w in run_warnings(demo(tmp_path, *lora))] == ["save_adapters"]
+    ahead = [w.split(":")[0] for w in run_warnings(demo(tmp_path, "ttt.causal=false"))]
+    assert ahead == ["ttt.causal"]
+    assert check(demo(tmp_path, "ttt.causal=false")) == []
     assert run_warnings(demo(tmp_path)) == []
 
 

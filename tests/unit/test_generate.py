@@ -187,6 +187,17 @@ def test_a_mistake_is_told(capsys, tmp_path, run, checkpoint, audio, parts):
     assert not (tmp_path / "o.wav").exists()
 
 
+def test_a_run_that_looks_ahead_cannot_talk(tmp_path, run, release):
+    config = (
+        (run / "config.yaml")
+        .read_text()
+        .replace(f"hf_repo_id: {tmp_path}", f"hf_repo_id: {release}")
+    )
+    (run / "config.yaml").write_text(config.replace("ttt:", "ttt:\n  causal: false"))
+    with pytest.raises(UserError, match=r"ttt.causal: found false; .* can't stream"):
+        open_source(run, run / "checkpoints" / "step-000004", torch.device("cpu"))
+
+
 def test_audio_is_not_written_over(capsys, tmp_path, run):
     path = write_wav(tmp_path / "a.wav", np.zeros((1, 100), dtype=np.float32), SAMPLE_RATE)
     (line,) = told(capsys, [str(run), "--audio", str(path), "--out", str(path)])
