@@ -147,6 +147,8 @@ def test_rows_without_delay_or_token_are_refused():
 
 def test_recordings_and_their_pieces_are_numbered(dataset):
     assert (dataset.num_recordings, dataset.source_sizes, dataset.frames) == (7, [4, 3], T)
+    assert dataset.source_pieces == [10, 6]
+    assert [path.parent.name for path in dataset.source_paths] == ["a", "b"]
     assert [dataset.pieces_of(n) for n in range(7)] == [3, 1, 1, 5, 1, 2, 3]
     assert len(dataset) == 16
     places = [dataset.locate(index) for index in range(16)]
@@ -309,7 +311,7 @@ def test_the_thread_reads_ahead_and_ends(dataset):
     ("dp_size", "batch_size"), [(1, 1), (1, 3), (2, 1), (2, 2), (4, 1), (4, 4)]
 )
 def test_an_evaluation_follows_every_recording_once(dataset, dp_size, batch_size):
-    settings = {"delays": ROW_DELAYS, "initial": INITIAL, "batch_size": batch_size}
+    settings = {"delays": ROW_DELAYS, "initial": INITIAL, "batch_size": batch_size, "broken": {}}
     ranks = [
         list(recording_batches(dataset, dp_rank=rank, dp_size=dp_size, **settings))
         for rank in range(dp_size)
@@ -343,7 +345,7 @@ def test_an_evaluation_follows_every_recording_once(dataset, dp_size, batch_size
 
 
 def test_an_evaluation_of_some_recordings_is_spread_over_the_dataset(dataset):
-    settings = {"delays": ROW_DELAYS, "initial": INITIAL, "dp_rank": 0, "dp_size": 1}
+    settings = {"delays": ROW_DELAYS, "initial": INITIAL, "dp_rank": 0, "dp_size": 1, "broken": {}}
     for limit, chosen in ((2, {0, 3}), (99, set(range(7)))):
         batches = recording_batches(dataset, batch_size=2, limit=limit, **settings)
         met = {recording for batch in batches for recording in batch.recordings}
@@ -352,7 +354,15 @@ def test_an_evaluation_of_some_recordings_is_spread_over_the_dataset(dataset):
         next(recording_batches(dataset, batch_size=2, limit=0, **settings))
 
 
-def test_a_broken_recording_ends_an_evaluation(dataset, broken):
-    settings = {"delays": ROW_DELAYS, "initial": INITIAL, "dp_rank": 0, "dp_size": 1}
-    with pytest.raises(BrokenPieceError, match="recording 3"):
-        list(recording_batches(dataset, batch_size=2, **settings))
+def test_a_broken_recording_is_named_by_an_evaluation_and_leaves_no_rank_waiting(dataset, broken):
+    settings = {"delays": ROW_DELAYS, "initial": INITIAL, "batch_size": 1, "dp_size": 2}
+    found = [{}, {}]
+    ranks = [
+        list(recording_batches(dataset, dp_rank=rank, broken=found[rank], **settings))
+        for rank in range(2)
+    ]
+    assert len(ranks[0]) == len(ranks[1])
+    first = dataset.index(3, 0)
+    assert found[0] | found[1] == dict.fromkeys(range(first, first + 5), "recording 3 is damaged")
+    for batch in (batch for rank in ranks for batch in rank):
+        assert (batch.steps == -1).all() == (batch.recordings[0] in (3, -1))

@@ -129,14 +129,9 @@ class LaneBatches(ReadAhead[LaneStep]):
         """The next piece of every lane of a group, whether a recording begins, and its number."""
         pieces, begins, samples = [], [], []
         for place, loaded in group:
-            index = self._dataset.index(place.recording, place.piece)
-            try:
-                pieces.append(loaded.piece(place.recording, place.piece))
-            except BrokenPieceError as error:
-                broken[index] = str(error)
-                pieces.append(loaded.nothing())
+            pieces.append(loaded.piece(place.recording, place.piece, broken))
             begins.append(place.piece == 0)
-            samples.append(index)
+            samples.append(self._dataset.index(place.recording, place.piece))
             place.piece += 1
             if place.piece == self._dataset.pieces_of(place.recording):
                 self._go_on(place)
@@ -184,32 +179,33 @@ class _Loaded:
         self._dataset, self._delays, self._initial = dataset, delays, initial
         self._recording = -1
         self._steps = torch.zeros(0)  # int32 [R, F + 1]
-        self._problems: tuple[str, ...] = ()
+        self._why_broken: str | None = None
 
-    def piece(self, recording: int, piece: int) -> torch.Tensor:
-        """int64 `[R, T + 1]`; BrokenPieceError for every piece of a recording that can't be read.
+    def piece(self, recording: int, piece: int, broken: dict[int, str]) -> torch.Tensor:
+        """int64 `[R, T + 1]`; -1, and named in `broken`, where the recording can't be read.
 
-        It is tried once: what comes after a gap is no longer what the recording says.
+        That is tried once: what comes after a gap is no longer what the recording says.
         """
         if self._recording != recording or piece == 0:
             self._load(recording)
-        if self._problems:
-            raise BrokenPieceError(self._problems)
+        if self._why_broken is not None:
+            broken[self._dataset.index(recording, piece)] = self._why_broken
+            return _no_piece(self._dataset)
         return piece_of_steps(self._steps, piece, self._dataset.frames)
 
     def _load(self, recording: int) -> None:
-        self._steps, self._problems = torch.zeros(0), ()  # frees the last one before the next
+        self._steps, self._why_broken = torch.zeros(0), None  # frees the last one before the next
         try:
             codes = self._dataset.codes(recording).int()
         except BrokenPieceError as error:
-            self._problems = error.problems
+            self._why_broken = str(error)
         else:
             self._steps = delayed_steps(codes, self._delays, self._initial)
         self._recording = recording
 
-    def nothing(self) -> torch.Tensor:
-        """A piece without a recording."""
-        return torch.full((self._dataset.rows, self._dataset.frames + 1), NO_CODE)
+
+def _no_piece(dataset: RecordingDataset) -> torch.Tensor:
+    return torch.full((dataset.rows, dataset.frames + 1), NO_CODE)
 
 
 @dataclass(frozen=True)
@@ -237,6 +233,7 @@ def recording_batches(
     initial: Sequence[int],
     dp_rank: int,
     dp_size: int,
+    broken: dict[int, str],
     limit: int | None = None,
 ) -> Iterator[RecordingBatch]:
     """One pass over the recordings for one rank, each whole, from its first piece to its last.
@@ -244,11 +241,11 @@ def recording_batches(
     There are dp_size · batch_size lanes. The longest recording that is left goes to the lane with
     the least to do (Graham 1969, "Bounds on multiprocessing timing anomalies"), so lanes end at
     about the same time. All ranks get the same number of batches, as FSDP's collectives demand; a
-    lane that is done gives -1 throughout. A recording that can't be read ends it
-    (BrokenPieceError): without it, the losses couldn't be compared with earlier ones.
+    lane that is done gives -1 throughout.
 
     Args:
         delays, initial: of every row of codes, as `steps.delayed_steps` takes them.
+        broken: as `batches.eval_batches` has it; every piece of a recording that can't be read.
         limit: take that many recordings, spread evenly over the dataset; None: all.
     """
     check_layout(batch_size, dp_rank, dp_size)
@@ -260,8 +257,10 @@ def recording_batches(
     plan = _plan_lanes(dataset, chosen, batch_size * dp_size)
     length = max(sum(dataset.pieces_of(recording) for recording in lane) for lane in plan)
     own = plan[dp_rank * batch_size : (dp_rank + 1) * batch_size]
-    lanes = [_along(dataset, recordings, delays, initial) for recordings in own]
-    empty = (torch.full((dataset.rows, dataset.frames + 1), NO_CODE), -1, 0)
+    lanes = [
+        _along(dataset, recordings, _Loaded(dataset, delays, initial), broken) for recordings in own
+    ]
+    empty = (_no_piece(dataset), -1, 0)
     for _ in range(length):
         pieces = [next(lane, empty) for lane in lanes]
         recordings = [recording for _, recording, _ in pieces]
@@ -283,13 +282,9 @@ def _plan_lanes(dataset: RecordingDataset, recordings: list[int], lanes: int) ->
 
 
 def _along(
-    dataset: RecordingDataset,
-    recordings: list[int],
-    delays: Sequence[int],
-    initial: Sequence[int],
+    dataset: RecordingDataset, recordings: list[int], loaded: _Loaded, broken: dict[int, str]
 ) -> Iterator[tuple[torch.Tensor, int, int]]:
     """Every piece of these recordings, with the recording and the piece's number in there."""
-    loaded = _Loaded(dataset, delays, initial)
     for recording in recordings:
         for piece in range(dataset.pieces_of(recording)):
-            yield loaded.piece(recording, piece), recording, piece
+            yield loaded.piece(recording, piece, broken), recording, piece

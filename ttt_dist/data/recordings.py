@@ -22,7 +22,9 @@ class RecordingDataset:
 
     Attributes:
         source_paths: of each source, as it was named.
+        source_paths: of each source, as `scan_sources` resolved them.
         weights, source_sizes: of each source, its weight and its recordings, for `GlobalOrder`.
+        source_pieces: of each source, pieces of all its recordings.
         rows: R, rows of codes: text, left channel, right channel.
         frames: T, frames of a piece.
 
@@ -37,12 +39,18 @@ class RecordingDataset:
         if piece_frames < 1:
             raise ValueError(f"piece_frames: found {piece_frames}, allowed is 1 or above")
         self.source_paths = [source.path for source in sources]
+        self.source_paths = [source.path for source in sources]
         self.weights = [source.weight for source in sources]
         self.source_sizes = [len(source.recordings) for source in sources]
         self.rows, self.frames = cache.spec.rows, piece_frames
         self._recordings = all_recordings(sources)
         self._codes = find_codes(self._recordings, cache)
-        self._ends = np.cumsum([self.pieces_of(n) for n in range(self.num_recordings)], dtype=int)
+        counts = [self.pieces_of(recording) for recording in range(self.num_recordings)]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        borders = np.cumsum([0, *self.source_sizes])
+        self.source_pieces = [
+            sum(counts[first:last]) for first, last in zip(borders[:-1], borders[1:], strict=True)
+        ]
 
     def __len__(self) -> int:
         """Pieces of all recordings."""
