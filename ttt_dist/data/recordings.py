@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -22,7 +23,6 @@ class RecordingDataset:
 
     Attributes:
         source_paths: of each source, as it was named.
-        source_paths: of each source, as `scan_sources` resolved them.
         weights, source_sizes: of each source, its weight and its recordings, for `GlobalOrder`.
         source_pieces: of each source, pieces of all its recordings.
         rows: R, rows of codes: text, left channel, right channel.
@@ -39,7 +39,6 @@ class RecordingDataset:
         if piece_frames < 1:
             raise ValueError(f"piece_frames: found {piece_frames}, allowed is 1 or above")
         self.source_paths = [source.path for source in sources]
-        self.source_paths = [source.path for source in sources]
         self.weights = [source.weight for source in sources]
         self.source_sizes = [len(source.recordings) for source in sources]
         self.rows, self.frames = cache.spec.rows, piece_frames
@@ -48,9 +47,7 @@ class RecordingDataset:
         counts = [self.pieces_of(recording) for recording in range(self.num_recordings)]
         self._ends = np.cumsum(counts, dtype=np.int64)
         borders = np.cumsum([0, *self.source_sizes])
-        self.source_pieces = [
-            sum(counts[first:last]) for first, last in zip(borders[:-1], borders[1:], strict=True)
-        ]
+        self.source_pieces = [sum(counts[a:b]) for a, b in itertools.pairwise(borders)]
 
     def __len__(self) -> int:
         """Pieces of all recordings."""
