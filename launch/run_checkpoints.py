@@ -51,11 +51,13 @@ def resume_problems(config: TrainConfig) -> list[str]:
     """Why the run in `config.run_dir` can't be resumed, as far as names and sizes of files tell."""
     folder = RunFolder(Path(config.run_dir)).checkpoints
     checkpoints = list_checkpoints(folder)
-    if not checkpoints:
+    if not checkpoints and list(folder.glob("damaged-*")):
         return [
-            f"resume: {folder} holds no checkpoint (step-NNNNNN); start a new run in another "
-            "run_dir, without resume"
+            f"resume: {folder} holds no checkpoint (step-NNNNNN) but damaged ones; nothing starts "
+            "anew over them: restore one, or start a new run in another run_dir"
         ]
+    if not checkpoints:  # ended before its first one, for instance by its node
+        return []
     damaged = []
     for path in reversed(checkpoints):
         problems = structure_problems(path)

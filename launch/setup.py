@@ -201,7 +201,7 @@ def resume(
     optimizers: OptimizersContainer,
     schedule: LRSchedulersContainer,
     sources: list[dict[str, Any]],
-) -> Progress:
+) -> Progress | None:
     """Load the newest good checkpoint of the run; newer ones, which are damaged, are set aside.
 
     All ranks call it together.
@@ -209,12 +209,19 @@ def resume(
     Args:
         sources: `order_facts` of this start's training data.
 
+    Returns:
+        Where the run stands; None where it ended before its first checkpoint.
+
     Raises:
         CheckpointError: none is good, or it does not fit the model.
         UserError: it was made with other training data.
     """
+    checkpoints = list_checkpoints(folder.checkpoints)
+    if not checkpoints:
+        say(f"{folder.checkpoints} holds no checkpoint yet: this run starts from step 0")
+        return None
     damaged: dict[Path, list[str]] = {}
-    for path in reversed(list_checkpoints(folder.checkpoints)):
+    for path in reversed(checkpoints):
         problems = content_problems(path)
         if not problems:
             break

@@ -135,7 +135,8 @@ def train(start: Start) -> None:
         counters: dict[str, float] = {}
         if config.resume:
             saved = resume(folder, model, optimizers, schedule, order_facts(train_pieces))
-            status.step, counters = saved.step, saved.counters
+            if saved is not None:
+                status.step, counters = saved.step, saved.counters
         first_step = status.step
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
         sample_guard = SampleGuard(config.data.max_bad_samples, counters)

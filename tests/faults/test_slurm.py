@@ -123,7 +123,7 @@ def test_a_run_on_two_nodes_is_preempted_requeued_and_resumed(cluster, demo_base
     kept = {str(path.relative_to(logs)) for path in logs.rglob("stdout.log")}
     places = {(name.split("/")[0], name.split("/")[1], name.split("/")[-2]) for name in kept}
     assert places == {
-        (f"start-{start}", f"node-{node}", str(rank))
+        (f"start-{JOB}-{start}", f"node-{node}", str(rank))
         for start in range(2)
         for node in range(2)
         for rank in range(2)

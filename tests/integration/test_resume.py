@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -88,18 +89,33 @@ def test_final_checkpoints_are_bitwise_equal(resumed, tp_run):
     assert same == []
 
 
+def begun(run: Run, folder: Path) -> Path:
+    """What a run like this one has left, when it is killed before anything else."""
+    folder.mkdir()
+    shutil.copy(run.folder / "config.yaml", folder)
+    return folder
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(short, tp_run, tmp_path):
+    folder = begun(tp_run, tmp_path / "run")
+    job = single([*short, f"run_dir={folder}", "resume=true", "max_steps=1", "do_eval=false"])
+    assert job.returncode == 0, job.stdout + job.stderr
+    said = f"{folder / 'checkpoints'} holds no checkpoint yet: this run starts from step 0"
+    assert job.stdout.splitlines().count(said) == 1
+    assert [row["step"] for row in Run(folder, job).steps] == [1]
+
+
 @pytest.fixture(scope="module")
 def refused(short, tp_run, tmp_path_factory):
     """Starts that must not go on: their jobs, and tp_run's files before them."""
-    empty = tmp_path_factory.mktemp("no-checkpoint") / "run"
-    empty.mkdir()
-    shutil.copy(tp_run.folder / "config.yaml", empty)
+    damaged = begun(tp_run, tmp_path_factory.mktemp("damaged") / "run")
+    (damaged / "checkpoints" / "damaged-step-000002").mkdir(parents=True)
     before = snapshot(tp_run.folder)
     jobs = side_by_side(
         {
             "existing": [*short, f"run_dir={tp_run.folder}"],
             "nothing left": [*short, f"run_dir={tp_run.folder}", "resume=true"],
-            "no checkpoint": [*short, f"run_dir={empty}", "resume=true"],
+            "damaged alone": [*short, f"run_dir={damaged}", "resume=true"],
         }
     )
     return jobs, before
@@ -110,7 +126,7 @@ def refused(short, tp_run, tmp_path_factory):
     [
         ("existing", ["run_dir: ", "exists and isn't empty", "resume=true"]),
         ("nothing left", ["resume: ", "nothing is left to do"]),
-        ("no checkpoint", ["resume: ", "holds no checkpoint"]),
+        ("damaged alone", ["resume: ", "holds no checkpoint", "but damaged ones"]),
     ],
 )
 def test_a_refused_start_leaves_the_run_as_it_was(refused, tp_run, name, parts):
