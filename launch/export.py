@@ -213,6 +213,12 @@ def _replaced_names(release: CheckpointInfo) -> set[str]:
         return files.keys()
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where `out` is there already."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out: {out} exists; nothing is ever overwritten: name a new folder")
+
+
 def write_export(plan: Export, out: Path) -> None:
     """Write the folder `out`, which isn't there yet, by another name and a rename.
 
@@ -220,8 +226,7 @@ def write_export(plan: Export, out: Path) -> None:
         UserError: `out` exists, or the disk is too small or refuses.
         CheckpointError: a tensor's bytes can't be read.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out: {out} exists; nothing is ever overwritten: name a new folder")
+    refuse_existing(out)
     wanted = sum(spec.bytes for spec in plan.specs.values())
     wanted += sum(path.stat().st_size for path in plan.files.values())
     try:
@@ -291,6 +296,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; a person's mistake ends it with exit code 2 and one message."""
     options = parse_arguments(arguments)
     try:
+        if options.out is not None:  # ahead of reading and hashing the checkpoint
+            refuse_existing(options.out)
         plan = plan_export(
             options.run,
             options.step,

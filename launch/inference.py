@@ -102,7 +102,7 @@ class Talker:
     lines: Sequence[str]
 
     def weights_fingerprint(self) -> str:
-        """Of the language model, as it is in memory. One pass over the weights."""
+        """`fingerprint` of the language model as it is in memory: one pass over its tensors."""
         return fingerprint(self.model.state_dict())
 
 
@@ -304,6 +304,12 @@ def _talking_problems(release: CheckpointInfo) -> list[str]:
         problems.append(
             "config.json: context: found none; streaming needs a number of frames that attention "
             "sees"
+        )
+    delay = max(settings["delays"])
+    if delay > 1:
+        problems.append(
+            f"config.json: delays: found up to {delay} frames; a conversation here is made for 0 "
+            "and 1, Moshi's own, and would lose its last frames"
         )
     return problems
 

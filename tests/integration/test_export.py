@@ -250,7 +250,8 @@ def test_mistakes_are_told_in_one_message(trained, exported, tmp_path, capsys):
         (str(tmp_path / "nowhere"),): "nowhere is no folder, so no run began there",
         (str(tmp_path),): "holds no config.yaml",
         (run, "--step", "7", "--out", out): "--step: found 7, allowed: 2, which ",
-        (run, "--out", str(exported["base"])): "base exists; nothing is ever overwritten",
+        # First, before any checkpoint is looked for and read.
+        (run, "--step", "7", "--out", str(exported["base"])): "base exists; nothing is ever",
         (run, "--merge-lora"): f"--merge-lora: {run} has no adapters",
         (run, "--adapters-only"): f"--adapters-only: {run} has no adapters",
         (run, "--out", "/dev/null/out"): "/dev/null/out can't be written",

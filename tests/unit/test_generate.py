@@ -313,6 +313,10 @@ def test_a_release_that_cannot_talk_is_refused(capsys, tmp_path, release):
     (folder / "config.json").write_text(json.dumps(config | {"context": None}))
     (line,) = told(capsys, [str(folder), *arguments])
     assert "config.json: context: found none; streaming needs" in line
+    delays = [0, 0, *[2] * 7, 0, *[2] * 7]
+    (folder / "config.json").write_text(json.dumps(config | {"delays": delays}))
+    (line,) = told(capsys, [str(folder), *arguments])
+    assert "config.json: delays: found up to 2 frames; a conversation here is made for" in line
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dim"}))
     (line,) = told(capsys, [str(folder), *arguments])
     assert "config.json: dim: not there, so it doesn't describe" in line
