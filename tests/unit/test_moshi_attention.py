@@ -262,6 +262,14 @@ def test_a_window_holds_nothing_but_itself_and_its_graph_can_be_cut():
         assert value.untyped_storage().nbytes() == value.nbytes
 
 
+def test_a_window_takes_the_dtype_of_computation():
+    _, attention = attentions(7, dtype=torch.bfloat16)
+    x = torch.randn(2, 40, D, dtype=torch.bfloat16)
+    y, window = attend(attention, x, empty(attention, dtype=torch.float32))
+    assert y.dtype == window.keys.dtype == window.values.dtype == torch.bfloat16
+    assert window.length.dtype == torch.int64
+
+
 def test_a_window_that_does_not_fit_is_refused():
     _, attention = attentions(7)
     x = torch.randn(2, 10, D)

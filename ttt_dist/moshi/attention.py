@@ -111,21 +111,20 @@ def attend(
     projected: Tensor = attention.in_projs[0](x)
     heads = projected.unflatten(2, (3, attention.num_heads, -1))  # [B, T, 3, H, d]
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-    past, length, after = 0, None, None
-    keys, values = k, v
-    if window is not None:
+    if window is None:
+        q, k = _rope(attention, q, k, 0)
+        y = windowed_attention(q, k, v, attention.context)
+        after = None
+    else:
         _check_window(attention, window, k)
-        after = _append(window, k, v)
-        past, length = window.keys.shape[2], window.length
-        values = torch.cat([window.values.to(v.dtype), v], dim=2)
-    if attention.rope is not None:
-        q, keys = attention.rope(q, k, _position(past, q))
-    if window is not None and past > 0:
-        earlier = window.keys.to(k.dtype)
-        if attention.rope is not None:  # it takes as many queries as keys
-            earlier = attention.rope(earlier, earlier, _position(0, q))[1]
-        keys = torch.cat([earlier, keys], dim=2)
-    y = windowed_attention(q, keys, values, attention.context, past, length)
+        before = AttentionWindow(window.keys.to(k), window.values.to(v), window.length)
+        after = _append(before, k, v)
+        past = before.keys.shape[2]
+        _, earlier = _rope(attention, before.keys, before.keys, 0)  # as many queries as keys
+        q, k = _rope(attention, q, k, past)
+        k = torch.cat([earlier, k], dim=2)
+        v = torch.cat([before.values, v], dim=2)
+        y = windowed_attention(q, k, v, attention.context, past, before.length)
     return attention.out_projs[0](y.transpose(1, 2).flatten(2)), after
 
 
@@ -232,7 +231,7 @@ def _append(window: AttentionWindow, k: Tensor, v: Tensor) -> AttentionWindow:
     size, frames = window.keys.shape[2], k.shape[2]
 
     def newest(old: Tensor, new: Tensor) -> Tensor:
-        old = old[:, :, min(frames, size) :].to(new.dtype)
+        old = old[:, :, min(frames, size) :]
         # A copy even of new frames alone: a view would keep all of the piece's projections alive.
         return torch.cat([old, new[:, :, max(frames - size, 0) :]], dim=2)
 
@@ -253,6 +252,11 @@ def _check_window(
         )
 
 
-def _position(first: int, x: Tensor) -> Tensor:
-    """Moshi's rope takes one first position a lane: int64 `[B]`."""
-    return torch.full((x.shape[0],), first, device=x.device, dtype=torch.int64)
+def _rope(
+    attention: StreamingMultiheadAttention, q: Tensor, k: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys `[B, H, T, d]` turned by their positions, `first` and on."""
+    if attention.rope is None or q.shape[2] == 0:
+        return q, k
+    offset = torch.full((q.shape[0],), first, device=q.device, dtype=torch.int64)
+    return attention.rope(q, k, offset)
