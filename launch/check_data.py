@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from launch.batch_plan import carries_states
 from launch.config import load_config, parse_command_line
 from launch.errors import UserError, exit_with
 from launch.schema import TrainConfig
@@ -101,7 +102,7 @@ def find_data(arguments: argparse.Namespace) -> DataUse:
     config = load_config(*parse_command_line([*configs, *overrides]))
     named = {"data.train_data": config.data.train_data, "data.eval_data": config.data.eval_data}
     specs = {key: spec for key, spec in named.items() if spec or key == "data.train_data"}
-    lanes = config.batch_size if config.ttt.persistent_states else None
+    lanes = config.batch_size if carries_states(config) else None
     return DataUse(specs, config.duration_sec, lanes)
 
 

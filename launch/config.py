@@ -29,7 +29,6 @@ __all__ = [
     "load_config",
     "parse_command_line",
     "read_config",
-    "resolve_global_batch_size",
     "resolve_run_dir",
     "utc_timestamp",
 ]
@@ -271,39 +270,6 @@ def utc_timestamp() -> str:
 def resolve_run_dir(config: TrainConfig, timestamp: str) -> TrainConfig:
     """`config` with `${time}` in `run_dir` replaced by `timestamp`, which all ranks must share."""
     return config.model_copy(update={"run_dir": config.run_dir.replace(TIME, timestamp)})
-
-
-def resolve_global_batch_size(config: TrainConfig, dp: int) -> tuple[int, int]:
-    """Pieces of a step over all ranks, and forward passes of a step on each rank.
-
-    Args:
-        config: where `global_batch_size` is null, it is `batch_size * num_microbatches * dp`;
-            otherwise the number of microbatches follows from it.
-        dp: data-parallel ranks, `dp_replicate * dp_shard`; the ranks of a tp group count once.
-
-    Raises:
-        UserError: `global_batch_size` isn't a multiple of `batch_size * dp`, or it contradicts
-            `num_microbatches` (on resume that is recomputed, since the layout may have changed).
-    """
-    per_pass = config.batch_size * dp
-    total = config.global_batch_size
-    if total is None:
-        return per_pass * config.num_microbatches, config.num_microbatches
-    if total % per_pass != 0:
-        below, above = total // per_pass * per_pass, (total // per_pass + 1) * per_pass
-        nearest = f"{below} or {above}" if below else str(above)
-        raise UserError(
-            f"global_batch_size: found {total}, which isn't a multiple of batch_size * dp = "
-            f"{config.batch_size} * {dp} = {per_pass}; nearest allowed: {nearest}; "
-            "or change batch_size or the number of ranks"
-        )
-    passes = total // per_pass
-    if not config.resume and config.num_microbatches not in (1, passes):
-        raise UserError(
-            f"num_microbatches: found {config.num_microbatches}, but global_batch_size {total} "
-            f"over batch_size * dp = {per_pass} makes {passes}; remove one of the two keys"
-        )
-    return total, passes
 
 
 def dump_yaml(config: TrainConfig) -> str:

@@ -61,6 +61,8 @@ def model_problems(
         problems += _splitting_problems(lm_config, config.parallel.tp)
     if not config.ttt.enable:
         return problems
+    if config.ttt.persistent_states and "ttt.persistent_states" not in bad_keys:
+        problems += _unlimited_windows(config.ttt, lm_config)
     if "ttt.layers" not in bad_keys:
         try:
             select_layers(config.ttt.layers, lm_config["num_layers"])
@@ -71,6 +73,22 @@ def model_problems(
     except ValueError as error:
         problems.append(f"ttt: doesn't fit this model: {error}")
     return problems
+
+
+def _unlimited_windows(section: TTTSection, lm_config: Mapping[str, Any]) -> list[str]:
+    """Attention without a window would carry a whole recording from piece to piece."""
+    if lm_config.get("context") is not None:
+        return []
+    windows = {
+        "ttt.ttt_layer_context": section.ttt_layer_context,
+        "ttt.non_ttt_layer_context": section.non_ttt_layer_context,
+    }
+    return [
+        f"{key}: found null, and the release has no window either; with ttt.persistent_states "
+        "allowed are frames from 1 on"
+        for key, window in windows.items()
+        if window is None
+    ]
 
 
 def _splitting_problems(lm_config: Mapping[str, Any], tp: int) -> list[str]:

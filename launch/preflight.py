@@ -12,11 +12,11 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
 
+from launch.batch_plan import carries_states, resolve_global_batch_size, resolve_lanes
 from launch.config import (
     TrainConfig,
     parse_command_line,
     read_config,
-    resolve_global_batch_size,
 )
 from launch.errors import UserError
 from launch.model_checks import lora_settings, model_problems, ttt_section
@@ -119,7 +119,8 @@ def _layout_problems(config: TrainConfig, layout: dict[str, int]) -> list[str]:
         problems += resume_problems(config)
         config = adopt_saved(config)
     dp = layout["dp_replicate"] * layout["dp_shard"]
-    return problems + _collect(partial(resolve_global_batch_size, config, dp))
+    sizes = _collect(partial(resolve_global_batch_size, config, dp))
+    return problems + (sizes or _collect(partial(resolve_lanes, config, dp)))
 
 
 def _run_problems(
@@ -187,17 +188,23 @@ def check_run(
 def run_warnings(config: TrainConfig) -> list[str]:
     """What is allowed, but rarely meant."""
     warnings = []
-    frames = num_frames(config.duration_sec)
+    frames, size = num_frames(config.duration_sec), config.ttt.mini_batch_size
     window = config.ttt.ttt_layer_context
-    if config.ttt.enable and window is not None and frames <= window:
+    if carries_states(config):
+        if frames % size:
+            warnings.append(
+                f"duration_sec: {config.duration_sec:g} s are {frames} frames; pieces have "
+                f"{frames // size * size}, whole mini-batches of {size}"
+            )
+    elif config.ttt.enable and window is not None and frames <= window:
         warnings.append(
             f"duration_sec: {config.duration_sec:g} s are {frames} frames, which the attention "
             f"window of TTT layers ({window}) covers: TTT has nothing to carry"
         )
-    if config.ttt.enable and frames <= config.ttt.mini_batch_size:
+    if config.ttt.enable and not carries_states(config) and frames <= size:
         warnings.append(
-            f"ttt.mini_batch_size: {config.ttt.mini_batch_size} is no less than the {frames} "
-            "frames of a piece: the inner weights are never updated within one"
+            f"ttt.mini_batch_size: {size} is no less than the {frames} frames of a piece: the "
+            "inner weights are never updated within one"
         )
     if config.ttt.enable and not config.ttt.causal:
         warnings.append(

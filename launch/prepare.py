@@ -21,6 +21,7 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from tqdm import tqdm
 
+from launch.batch_plan import carries_states
 from launch.config import TrainConfig, load_config, parse_command_line
 from launch.errors import UserError, exit_with
 from ttt_dist.data.cache import CodesCache, CodesSpec
@@ -50,8 +51,8 @@ def read_splits(config: TrainConfig, *, check_files: bool) -> dict[str, tuple[So
 
 def codes_spec(config: TrainConfig, release: CheckpointInfo) -> CodesSpec:
     """What a configuration's codes are: pieces, or whole recordings where states are carried."""
-    whole = config.ttt.persistent_states
-    return CodesSpec.from_release(release, duration_sec=None if whole else config.duration_sec)
+    seconds = None if carries_states(config) else config.duration_sec
+    return CodesSpec.from_release(release, duration_sec=seconds)
 
 
 def open_cache(

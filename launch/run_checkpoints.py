@@ -11,6 +11,7 @@ from launch.run_folder import RunFolder
 from parallel.checkpoint import checkpoint_step, list_checkpoints
 from parallel.checkpoint_manifest import content_problems, structure_problems
 from ttt_dist.data.dataset import PieceDataset
+from ttt_dist.data.recordings import RecordingDataset
 
 
 def choose_checkpoint(run: Path, step: int | None, *, named: str) -> Path:
@@ -70,10 +71,11 @@ def resume_problems(config: TrainConfig) -> list[str]:
     ]
 
 
-def order_facts(pieces: PieceDataset) -> list[dict[str, Any]]:
+def order_facts(data: PieceDataset | RecordingDataset) -> list[dict[str, Any]]:
     """What the global order depends on beside the configuration, for `Progress.sources`."""
-    each = zip(pieces.source_paths, pieces.source_sizes, pieces.weights, strict=True)
-    return [{"path": str(path), "pieces": size, "weight": weight} for path, size, weight in each]
+    pieces = data.source_sizes if isinstance(data, PieceDataset) else data.source_pieces
+    each = zip(data.source_paths, pieces, data.weights, strict=True)
+    return [{"path": str(path), "pieces": count, "weight": weight} for path, count, weight in each]
 
 
 def other_data_problems(saved: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:

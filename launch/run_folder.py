@@ -38,11 +38,15 @@ KEPT_ON_RESUME = (
     "ttt.base_lr",
     "ttt.inner_eps",
     "ttt.causal",
+    "ttt.persistent_states",
     "ttt.ttt_mlp_layers",
     "ttt.ttt_mlp_expansion_factor",
     "ttt.ttt_layer_context",
     "ttt.non_ttt_layer_context",
 )
+
+# Of these, null means what the run began with.
+_RESOLVED = ("global_batch_size", "num_lanes")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -88,18 +92,18 @@ def read_saved_config(config: TrainConfig) -> TrainConfig:
 
 
 def adopt_saved(config: TrainConfig) -> TrainConfig:
-    """For a resumed run: `config` with the `global_batch_size` that the run began with.
+    """For a resumed run: `config` with `global_batch_size` and `num_lanes` as the run began.
 
     Raises:
         UserError: `config` changes something that a resumed run has to keep.
     """
     saved = read_saved_config(config)
-    size = config.global_batch_size or saved.global_batch_size
-    config = config.model_copy(update={"global_batch_size": size})
+    kept = {key: _value(config, key) or _value(saved, key) for key in _RESOLVED}
+    config = config.model_copy(update=kept)
     problems = [
         f"{key}: found {_value(config, key)!r}, but the run in {config.run_dir} began with "
         f"{_value(saved, key)!r}, which a resumed run keeps; set it back, or start a new run_dir"
-        for key in (*KEPT_ON_RESUME, "global_batch_size")
+        for key in (*KEPT_ON_RESUME, *_RESOLVED)
         if _value(config, key) != _value(saved, key)
     ]
     if problems:

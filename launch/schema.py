@@ -137,7 +137,9 @@ class TTTSection(Section):
     mini_batch_size: PositiveInt = 16
     """frames that share one inner gradient step"""
     persistent_states: bool = False
-    """carry the state from one piece of a recording to the next"""
+    """train along recordings: TTT states and attention windows go from one piece to the next"""
+    tbptt_pieces: PositiveInt = 1
+    """with persistent_states: consecutive pieces that gradients go back through"""
     initial_gating_alpha: Float = 0.05
     """start of the gate: x + tanh(alpha) * TTT(x)"""
     ttt_mlp_layers: Annotated[int, Field(ge=2, le=5), _NUMBER] = 2
@@ -225,6 +227,8 @@ class TrainConfig(Section):
     """forward passes of a step, where global_batch_size is null"""
     global_batch_size: PositiveInt | None = None
     """pieces of a step over all ranks; null: batch_size * num_microbatches * dp"""
+    num_lanes: PositiveInt | None = None
+    """with ttt.persistent_states: recordings side by side, over all ranks; null: batch_size * dp"""
     max_steps: PositiveInt = 100
     """optimizer steps of the whole run"""
     max_norm: PositiveFloat = 1.0

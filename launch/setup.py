@@ -1,22 +1,22 @@
-"""From a checked configuration to data, model and the state of an earlier start."""
+"""From a checked configuration to a model and the state of an earlier start."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from moshi.models.loaders import CheckpointInfo
+from torch import Tensor
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
-from tqdm import tqdm
 
 from launch.config import TrainConfig, utc_timestamp
 from launch.errors import UserError
 from launch.model_checks import configured_ttt, lora_settings
 from launch.parameter_table import parameter_table
-from launch.prepare import open_cache, read_splits
 from launch.run_checkpoints import other_data_problems
 from launch.run_folder import RunFolder
 from parallel.checkpoint import Progress, list_checkpoints, load_checkpoint
@@ -24,11 +24,6 @@ from parallel.checkpoint_manifest import content_problems
 from parallel.checkpoint_metadata import CheckpointError
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
-from ttt_dist.data.cache import CodesSpec
-from ttt_dist.data.check import too_few_pieces
-from ttt_dist.data.dataset import PieceDataset, open_pieces
-from ttt_dist.data.encode import load_codec
-from ttt_dist.data.manifest import DataError, Recording, all_recordings
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import (
     TTTPlacement,
@@ -54,53 +49,6 @@ def say(line: str) -> None:
     """Print a line of the start or the end of a run, once."""
     if dist.get_rank() == 0:
         print(line, flush=True)
-
-
-def open_data(
-    config: TrainConfig, release: CheckpointInfo, device: torch.device
-) -> dict[str, PieceDataset]:
-    """Pieces of `train` (and `eval`, where it is asked for), encoded where the cache lacks them.
-
-    All ranks call it together and encode a share each.
-    """
-    splits = read_splits(config, check_files=False)  # preflight has looked at the files
-    if not config.do_eval:
-        splits.pop("eval", None)
-    spec = CodesSpec.from_release(release, duration_sec=config.duration_sec)
-    cache = open_cache(config, splits, spec)
-    recordings = [r for sources in splits.values() for r in all_recordings(sources)]
-    with tqdm(
-        total=len(recordings), desc="audio to codes", unit="file", disable=dist.get_rank() != 0
-    ) as bar:
-
-        def encoded(_: Recording, __: bool) -> None:
-            # This rank's, and meanwhile one of each other's; the last shares may be shorter.
-            bar.update(min(dist.get_world_size(), len(recordings) - bar.n))
-
-        pieces = open_pieces(
-            splits,
-            cache,
-            lambda: load_codec(release, cache.spec, device),
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            agree=_problems_of_all_ranks,
-            max_encode_sec=config.data.max_inline_encode_sec,
-            progress=encoded,
-        )
-    # With one piece for two ranks a step would hold it twice.
-    data_ranks = dist.get_world_size() // config.parallel.tp
-    few = too_few_pieces(len(pieces["train"]), data_ranks, config.duration_sec, "data.train_data")
-    if few:
-        raise DataError(few)
-    for name, dataset in pieces.items():
-        say(f"{name} data: {len(dataset)} pieces of {dataset.frames} frames, codes: {cache.folder}")
-    return pieces
-
-
-def _problems_of_all_ranks(problems: list[str]) -> list[str]:
-    gathered = [problems] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
-    return [problem for each in gathered for problem in each]
 
 
 def make_model(
@@ -201,10 +149,11 @@ def resume(
     optimizers: OptimizersContainer,
     schedule: LRSchedulersContainer,
     sources: list[dict[str, Any]],
+    carried: Mapping[str, Tensor],
 ) -> Progress | None:
     """Load the newest good checkpoint of the run; newer ones, which are damaged, are set aside.
 
-    All ranks call it together.
+    All ranks call it together; `carried` is filled as `load_checkpoint` fills it.
 
     Args:
         sources: `order_facts` of this start's training data.
@@ -232,7 +181,7 @@ def resume(
             f"resume: none of the checkpoints in {folder.checkpoints} is good ({found}); nothing "
             "starts anew over them: restore one, or start a new run in another run_dir"
         )
-    saved = load_checkpoint(path, model, optimizers, schedule)
+    saved = load_checkpoint(path, model, optimizers, schedule, carried)
     if not saved.sources:
         say(f"warning: {path} doesn't say what data it was made with, so that isn't checked")
     elif problems := other_data_problems(saved.sources, sources):

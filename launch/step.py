@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,39 @@ from parallel.fsdp import reduce_gradients_after
 from parallel.mesh import Mesh
 from parallel.reduce import sum_over_data_ranks
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.loss import LossConfig, loss_weights, weighted_mean
+from ttt_dist.moshi.loss import LossConfig, step_weights, weighted_mean
+
+
+class Microbatches(Protocol):
+    """This rank's share of a step, in the order in which it is computed."""
+
+    steps: Sequence[Tensor]
+    """int `[B, K, T + 1]` each, on the model's device: what `TTTMoshi.step_losses` takes"""
+
+    def losses(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
+        """Text `[B, 1, T]` and audio `[B, dep_q, T]` losses of microbatch `index`."""
+        ...
+
+    def backward_after(self, index: int) -> bool:
+        """Whether a backward follows, over all microbatches since the last one."""
+        ...
+
+
+class SeparatePieces:
+    """Microbatches of pieces that know nothing of each other.
+
+    Args:
+        codes: int `[B, K, T]` each, on the model's device.
+    """
+
+    def __init__(self, model: TTTMoshi, codes: Sequence[Tensor]) -> None:
+        self.steps: Sequence[Tensor] = [model.steps(each) for each in codes]
+
+    def losses(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
+        return model.step_losses(self.steps[index])
+
+    def backward_after(self, index: int) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -31,7 +64,7 @@ class StepLoss:
 
 def accumulate_gradients(
     model: TTTMoshi,
-    microbatches: list[Tensor],
+    microbatches: Microbatches,
     config: LossConfig,
     mesh: Mesh,
     *,
@@ -40,7 +73,6 @@ def accumulate_gradients(
     """Forward and backward of this rank's share of a step; gradients end up complete and sharded.
 
     Args:
-        microbatches: int `[B, K, T]` each, on the model's device.
         reduce_every_microbatch: as `parallel.fsdp.reduce_gradients_after` has it.
 
     The loss is divided by weights summed over all ranks and microbatches, so neither it nor the
@@ -48,19 +80,22 @@ def accumulate_gradients(
     the sum is wanted; the factor `dp_size` makes up for that. (tp ranks repeat Moshi's computation
     and get equal gradients, for which FSDP2's average over them is right.)
     """
-    weights = [loss_weights(codes, config) for codes in microbatches]
+    weights = [step_weights(steps[:, :, 1:], config) for steps in microbatches.steps]
     sums_of_weights = [torch.stack([text.sum(), audio.sum()]).double() for text, audio in weights]
     own = torch.stack(sums_of_weights).sum(dim=0)
     text_weight, audio_weight = sum_over_data_ranks(own, mesh.dp_group)
-    losses = []
-    for index, (codes, (text_w, audio_w)) in enumerate(zip(microbatches, weights, strict=True), 1):
-        last = index == len(microbatches)
-        reduce_gradients_after(model, last=last, every_microbatch=reduce_every_microbatch)
-        text_ce, audio_ce = model.token_losses(codes)
+    losses, pending = [], []
+    for index, (text_w, audio_w) in enumerate(weights):
+        text_ce, audio_ce = microbatches.losses(model, index)
         text = weighted_mean((text_ce * text_w).sum(), text_weight)
         audio = weighted_mean((audio_ce * audio_w).sum(), audio_weight)
-        ((text + audio) * mesh.dp_size).backward()
+        pending.append(text + audio)
         losses.append(torch.stack([text.detach(), audio.detach()]).double())
+        if microbatches.backward_after(index):
+            last = index == len(weights) - 1
+            reduce_gradients_after(model, last=last, every_microbatch=reduce_every_microbatch)
+            (torch.stack(pending).sum() * mesh.dp_size).backward()
+            pending = []
     by_microbatch = torch.stack(losses)  # [M, 2]
     text, audio = sum_over_data_ranks(by_microbatch.sum(dim=0), mesh.dp_group)
     return StepLoss(text + audio, text, audio, microbatches=by_microbatch.sum(dim=1))
@@ -91,7 +126,7 @@ class EvalLoss:
 @torch.no_grad()
 def evaluate(
     model: TTTMoshi,
-    batches: Iterable[Tensor],
+    batches: Iterable[Microbatches],
     config: LossConfig,
     mesh: Mesh,
     device: torch.device,
@@ -99,21 +134,22 @@ def evaluate(
     """Mean losses over this and all other ranks' batches; all ranks give equally many.
 
     Args:
-        batches: int `[B, K, T]` on the CPU; samples of -1 alone count for nothing.
+        batches: samples of -1 alone count for nothing.
     """
     parts = 2 + 1 + config.dep_q  # weighted text and audio, spoken text, every codebook
     totals = torch.zeros(2, parts, dtype=torch.float64, device=device)  # sums, weights
+    padding = torch.tensor(config.text_padding_ids, device=device)
     for batch in batches:
-        codes = batch.to(device)
-        text_w, audio_w = (w.double() for w in loss_weights(codes, config))
-        text_ce, audio_ce = (ce.double() for ce in model.token_losses(codes))
-        padding = torch.tensor(config.text_padding_ids, device=device)
-        spoken = ((codes[:, :1] >= 0) & ~torch.isin(codes[:, :1], padding)).double()
-        predicted = (audio_w > 0).double()
-        pairs = [(text_ce, text_w), (audio_ce, audio_w), (text_ce, spoken)]
-        pairs += [(audio_ce[:, k], predicted[:, k]) for k in range(config.dep_q)]
-        totals[0] += torch.stack([(ce * w).sum() for ce, w in pairs])
-        totals[1] += torch.stack([w.sum() for _, w in pairs])
+        for index, steps in enumerate(batch.steps):
+            targets = steps[:, :, 1:]
+            text_w, audio_w = (w.double() for w in step_weights(targets, config))
+            text_ce, audio_ce = (ce.double() for ce in batch.losses(model, index))
+            spoken = ((text_w > 0) & ~torch.isin(targets[:, :1], padding)).double()
+            predicted = (audio_w > 0).double()
+            pairs = [(text_ce, text_w), (audio_ce, audio_w), (text_ce, spoken)]
+            pairs += [(audio_ce[:, k], predicted[:, k]) for k in range(config.dep_q)]
+            totals[0] += torch.stack([(ce * w).sum() for ce, w in pairs])
+            totals[1] += torch.stack([w.sum() for _, w in pairs])
     sums, weights = sum_over_data_ranks(totals, mesh.dp_group)
     text, audio, spoken_text, *codebooks = weighted_mean(sums, weights).tolist()
     return EvalLoss(

@@ -24,15 +24,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 import torch.distributed as dist
 
+from launch.batch_plan import resolve_global_batch_size, resolve_lanes
 from launch.config import (
     describe_keys,
     parse_command_line,
     read_config,
-    resolve_global_batch_size,
     resolve_run_dir,
     utc_timestamp,
 )
 from launch.errors import UserError, exit_with
+from launch.feed import open_feed
 from launch.make_demo_base import DemoBaseError, ensure_demo_base
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib
 from launch.optim import build_optimizers, build_schedule
@@ -42,7 +43,7 @@ from launch.profiling import open_profiler
 from launch.run_checkpoints import order_facts
 from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
 from launch.sample_guard import SampleGuard, refuse_broken_evaluation
-from launch.setup import make_model, open_data, resume, say
+from launch.setup import make_model, resume, say
 from launch.step import accumulate_gradients, evaluate
 from launch.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
 from launch.stop_signals import StopSignals
@@ -61,8 +62,6 @@ from parallel.mesh import (
     leave_job,
 )
 from parallel.reduce import clip_gradients, highest_over_ranks
-from ttt_dist.data.batches import StepBatches, eval_batches
-from ttt_dist.data.dataset import GlobalOrder
 from ttt_dist.data.manifest import DataError
 from ttt_dist.moshi.build import without_ttt
 from ttt_dist.moshi.errors import ReleaseError
@@ -90,7 +89,9 @@ def train(start: Start) -> None:
     axes = config.parallel
     mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp), timeout)
     global_batch_size, _ = resolve_global_batch_size(config, mesh.dp_size)
-    config = config.model_copy(update={"global_batch_size": global_batch_size})
+    lanes = resolve_lanes(config, mesh.dp_size)
+    resolved = {"global_batch_size": global_batch_size, "num_lanes": lanes and lanes.num_lanes}
+    config = config.model_copy(update=resolved)
     config = resolve_run_dir(config, from_first_rank(utc_timestamp()))
 
     # 2. Run folder: written by rank 0 once every rank has come this far.
@@ -101,7 +102,8 @@ def train(start: Start) -> None:
         folder = create_run_folder(config, world_size=world_size, hosts=hosts)
     say(f"run folder: {folder.path}")
     say("mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
-    say(f"a step: {global_batch_size} pieces of {config.duration_sec:g} s")
+    step_size = f"{global_batch_size} pieces of {config.duration_sec:g} s"
+    say(f"a step: {step_size if lanes is None else lanes.describe()}")
     for warning in run_warnings(config):
         say(f"warning: {warning}")
 
@@ -111,15 +113,9 @@ def train(start: Start) -> None:
         on_abort=lambda: status.failed("aborted by a second SIGINT"),
     )
     with status, signals:
-        # 3. Data: audio to codes where they are not cached, pieces in their global order.
-        pieces = open_data(config, start.release, device)
-        train_pieces, eval_pieces = pieces["train"], pieces.get("eval")
-        order = GlobalOrder(
-            train_pieces.source_sizes,
-            train_pieces.weights,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        )
+        # 3. Data: audio to codes where they are not cached; pieces, or recordings, in their order.
+        feed = open_feed(config, lanes, start.release, mesh, device)
+        train_set, eval_set = feed.sets["train"], feed.sets.get("eval")
 
         # 4. Model: on the meta device, laid over the ranks, filled shard by shard.
         model = make_model(config, start.release, mesh, device)
@@ -133,10 +129,13 @@ def train(start: Start) -> None:
         optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
         schedule = build_schedule(optimizers, config.optim, config.max_steps)
         counters: dict[str, float] = {}
+        feed.start(model)
         if config.resume:
-            saved = resume(folder, model, optimizers, schedule, order_facts(train_pieces))
+            carried = feed.carried()
+            saved = resume(folder, model, optimizers, schedule, order_facts(train_set), carried)
             if saved is not None:
                 status.step, counters = saved.step, saved.counters
+                feed.restore(carried)
         first_step = status.step
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
         sample_guard = SampleGuard(config.data.max_bad_samples, counters)
@@ -149,7 +148,7 @@ def train(start: Start) -> None:
                 max_steps=config.max_steps,
                 world_size=world_size,
                 first_step=first_step,
-                flops_per_frame=flops_per_frame(model, train_pieces.frames),
+                flops_per_frame=flops_per_frame(model, train_set.frames),
                 peak_flops=peak_flops(device),
                 tensorboard=config.tensorboard,
                 wandb=start_wandb(config, folder.path),
@@ -161,20 +160,12 @@ def train(start: Start) -> None:
             return next(reversed(list_checkpoints(folder.checkpoints)), None)
 
         def held_out_losses() -> dict[str, float]:
-            assert eval_pieces is not None
+            assert eval_set is not None
             broken: dict[int, str] = {}
-            batches = eval_batches(
-                eval_pieces,
-                batch_size=config.batch_size,
-                dp_rank=mesh.dp_rank,
-                dp_size=mesh.dp_size,
-                broken=broken,
-                limit=config.eval_batches and config.eval_batches * global_batch_size,
-            )
-            watched = watchdog.over(batches, "a batch of the evaluation")
+            watched = watchdog.over(feed.held_out(broken), "a batch of the evaluation")
             losses = evaluate(model, watched, loss_config, mesh, device)
             is_last = status.step == config.max_steps
-            refuse_broken_evaluation(broken, eval_pieces, newest_checkpoint, is_last=is_last)
+            refuse_broken_evaluation(broken, eval_set, newest_checkpoint, is_last=is_last)
             return losses.as_metrics()
 
         def run_evaluation(step: int) -> None:
@@ -194,9 +185,9 @@ def train(start: Start) -> None:
                 scheduler_steps=int(schedule.state_dict()["last_epoch"]),
                 layout=mesh.shape,
                 counters=guard.counters | sample_guard.counters,
-                sources=order_facts(train_pieces),
+                sources=order_facts(train_set),
             )
-            saver.save(model, optimizers, schedule, progress)
+            saver.save(model, optimizers, schedule, progress, feed.carried())
 
         def is_due(step: int, frequency: int) -> bool:
             return step == config.max_steps or (frequency > 0 and step % frequency == 0)
@@ -210,25 +201,16 @@ def train(start: Start) -> None:
                 timeout=timeout,
             ) as saver,
             Watchdog(later if on_gpu else config.timeout_sec, rank, status.failed) as watchdog,
-            StepBatches(
-                train_pieces,
-                order,
-                global_batch_size=global_batch_size,
-                batch_size=config.batch_size,
-                dp_rank=mesh.dp_rank,
-                dp_size=mesh.dp_size,
-                start_step=first_step,
-                prefetch=config.data.prefetch,
-            ) as batches,
+            feed.batches(first_step) as batches,
             open_profiler(config.profile, folder.profile, rank) as profiler,
         ):
-            if eval_pieces is not None and first_step == 0:
+            if eval_set is not None and first_step == 0:
                 with pause():
                     run_evaluation(0)
             for step in range(first_step + 1, config.max_steps + 1):
                 watchdog.beat(f"step {step}")
                 batch = next(batches)
-                left_out = sample_guard.leave_out(batch, train_pieces)
+                left_out = sample_guard.leave_out(batch, train_set)
                 if sample_guard.must_stop:
                     # Nothing of this step is done; what was, is saved, unless it is already.
                     is_new = step - 1 > first_step and not is_due(step - 1, config.ckpt_freq)
@@ -241,10 +223,9 @@ def train(start: Start) -> None:
                 if logger is not None:
                     for line in left_out:
                         logger.say(f"warning: step {step}: a piece is left out: {line}")
-                microbatches = [codes.to(device) for codes in batch.codes]
                 loss = accumulate_gradients(
                     model,
-                    microbatches,
+                    feed.microbatches(batch),
                     loss_config,
                     mesh,
                     reduce_every_microbatch=config.parallel.reduce_every_microbatch,
@@ -260,7 +241,8 @@ def train(start: Start) -> None:
                 lr = max(group["lr"] for group in optimizers.optimizers[0].param_groups)
                 if bad:
                     guard.skip()
-                    bad_step = describe_bad_step(step, problem, loss, batch.samples, train_pieces)
+                    feed.forget_broken()
+                    bad_step = describe_bad_step(step, problem, loss, batch.samples, train_set)
                     if logger is not None:
                         logger.log_bad_step(bad_step)
                 else:
@@ -271,7 +253,7 @@ def train(start: Start) -> None:
                 status.step = step
                 profiler.step()
                 if logger is not None:
-                    logger.after_step(frames=global_batch_size * train_pieces.frames)
+                    logger.after_step(frames=global_batch_size * train_set.frames)
                     if is_due(step, config.log_freq) and not bad:
                         logger.log_step(
                             step,
@@ -292,7 +274,7 @@ def train(start: Start) -> None:
                     # In this order: what an evaluation meets costs no checkpoint.
                     if config.do_ckpt and (is_due(step, config.ckpt_freq) or ends):
                         save(step)
-                    if eval_pieces is not None and is_due(step, config.eval_freq) and not ends:
+                    if eval_set is not None and is_due(step, config.eval_freq) and not ends:
                         run_evaluation(step)
                 if guard.must_stop:
                     saver.finish()

@@ -15,11 +15,6 @@ def refuse_unbuilt(config: TrainConfig) -> list[str]:
             "layers can't be kept; allowed with compile: layer, or gradient_checkpointing: false",
         ),
         (
-            ttt.persistent_states,
-            "ttt.persistent_states: found true; carrying states from one piece of a recording to "
-            "the next isn't built yet; allowed: false; use a longer duration_sec",
-        ),
-        (
             ttt.log_inner_loop_losses,
             "ttt.log_inner_loop_losses: found true; logging inner losses isn't built yet; "
             "allowed: false",

@@ -36,7 +36,7 @@ from launch import verify_report as report
 from launch.errors import UserError, exit_with
 from launch.optim import build_optimizers
 from launch.setup import model_dtypes, say
-from launch.step import accumulate_gradients
+from launch.step import SeparatePieces, accumulate_gradients
 from launch.verify_case import FRAMES, Case, loss_config, make_model, read_case
 from launch.verify_compare import Check, Trained, compare
 from launch.verify_report import Memory, TrafficCounter
@@ -112,7 +112,7 @@ def train_sharded(
         with traffic if step == steps - 1 else nullcontext():
             loss = accumulate_gradients(
                 model,
-                microbatches,
+                SeparatePieces(model, microbatches),
                 settings,
                 mesh,
                 reduce_every_microbatch=case.config.parallel.reduce_every_microbatch,

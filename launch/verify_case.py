@@ -16,7 +16,8 @@ from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 
-from launch.config import TrainConfig, parse_command_line, read_config, resolve_global_batch_size
+from launch.batch_plan import resolve_global_batch_size
+from launch.config import TrainConfig, parse_command_line, read_config
 from launch.errors import UserError
 from launch.make_demo_base import DEFAULT_OUT
 from launch.make_demo_base import lm_config as demo_lm_config

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,16 @@ def load_checkpoint(
     model: nn.Module,
     optimizers: OptimizersContainer,
     schedulers: LRSchedulersContainer,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> Progress:
     """Put a saved state into a built and sharded model, its optimizers and schedule, in place.
 
     All ranks call it together. Tensors are resharded where the layout differs from the saved one;
     random states that were not saved (ranks that the saved layout did not have, GPUs where it had
     none) stay as they are.
+
+    Args:
+        carried: other tensors to load, `carry.…`: what lanes hand from step to step.
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors do not fit the model.
@@ -82,8 +87,8 @@ def load_checkpoint(
     saved = reader.read_metadata().state_dict_metadata
     random_states = {name: state for name, state in _random_states().items() if name in saved}
     # What is loaded is written into these very tensors: the parameters and Adam's moments.
-    tensors = model_tensors | optimizer_tensors | random_states
-    _refuse_others(path, reader, tensors, "model.", "optimizer.")
+    tensors = model_tensors | optimizer_tensors | random_states | dict(carried or {})
+    _refuse_others(path, reader, tensors, "model.", "optimizer.", "carry.")
     load_tensors(tensors, reader, f"{path}: {_UNFIT}")
     hyperparameters = {
         key: value
@@ -143,9 +148,12 @@ def read_progress(path: Path) -> Progress:
         ) from None
 
 
-def run_tensors(model: nn.Module, optimizers: OptimizersContainer) -> dict[str, Tensor]:
+def run_tensors(
+    model: nn.Module, optimizers: OptimizersContainer, carried: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """All tensors that a run needs to go on, by the name under which they are saved."""
-    return _model_tensors(model) | _optimizer_tensors(optimizers) | _random_states()
+    own = _model_tensors(model) | _optimizer_tensors(optimizers) | _random_states()
+    return own | dict(carried)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

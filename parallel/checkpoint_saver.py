@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -104,8 +104,12 @@ class CheckpointSaver:
         optimizers: OptimizersContainer,
         schedulers: LRSchedulersContainer,
         progress: Progress,
+        carried: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy all that a run needs to go on, and begin to write it; see `finish`.
+
+        Args:
+            carried: as `parallel.checkpoint.load_checkpoint` has it.
 
         Raises:
             SaveError: the save before this one failed, or this step's folder exists.
@@ -115,7 +119,8 @@ class CheckpointSaver:
         if target.exists():
             raise SaveError(f"{target} exists; a checkpoint is never written over")
         partial = self._folder / from_first_rank(f".saving-{target.name}-{uuid.uuid4().hex[:8]}")
-        tensors = {name: _copied(t) for name, t in run_tensors(model, optimizers).items()}
+        every = run_tensors(model, optimizers, carried or {})
+        tensors = {name: _copied(value) for name, value in every.items()}
         self._saving = _in_background(lambda: self._write(tensors, progress, partial, target))
 
     def has_failed(self) -> bool:

@@ -63,7 +63,7 @@ def apply_fsdp(
     # The root's weights are needed last in the forward and first in the backward.
     _shard(model, mesh.fsdp_tp, backbone, False)
     # Training enters here; FSDP2 gathers the root's weights for `forward` unless told.
-    register_fsdp_forward_method(model, "token_losses")
+    register_fsdp_forward_method(model, "step_losses")
     _prefetch(model, prefetch_layers)
 
 

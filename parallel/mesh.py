@@ -38,6 +38,7 @@ class Mesh:
         fsdp_tp: FSDP2's mesh for what all tp ranks compute alike: (`dp_replicate`,)
             `dp_shard x tp` as one axis. Sharding over tp too saves memory, and the average of
             gradients over it keeps the tp ranks' copies equal for good.
+        lanes: (`dp_replicate`,) `dp_shard` (, `tp`): what belongs to a lane of data, and to a head.
         dp_rank, dp_size: which share of a step's samples this rank reads; ranks of one tp group
             read the same.
         dp_group: ranks that hold different samples, for sums over a step's data.
@@ -46,6 +47,7 @@ class Mesh:
     tp: DeviceMesh | None
     fsdp: DeviceMesh
     fsdp_tp: DeviceMesh
+    lanes: DeviceMesh
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup | None
@@ -169,6 +171,13 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
         tp=dims.get_optional_mesh("tp"),
         fsdp=_fsdp_mesh(dims),
         fsdp_tp=_fsdp_tp_mesh(dims),
+        lanes=dims.get_mesh(
+            [
+                *(["dp_replicate"] if dims.dp_replicate_enabled else []),
+                "fsdp",
+                *(["tp"] if dims.tp_enabled else []),
+            ]
+        ),
         dp_rank=0 if batch is None else batch.get_local_rank(),
         dp_size=layout.dp_replicate * dp_shard,
         dp_group=None if batch is None else batch.get_group(),

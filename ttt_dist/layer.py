@@ -95,7 +95,11 @@ class TTTLayer(nn.Module):
         return deep_mlp_state(weights, biases, batch_size)
 
     def forward(
-        self, x: Tensor, state: InnerState | None = None, frame_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: InnerState | None = None,
+        frame_mask: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> tuple[Tensor, InnerState]:
         """Read `L` frames.
 
@@ -104,6 +108,8 @@ class TTTLayer(nn.Module):
             state: what an earlier call on the same streams returned; None at a stream's start.
             frame_mask: `[B, L]` bool, False for padded frames at the end: they leave the state
                 untouched.
+            begins: `[B]` bool, True for lanes whose stream begins with this call: they start from
+                the learned initial weights, whatever `state` holds. `state` must be fresh.
 
         Returns:
             `y [B, L, D]` in x's dtype, plain (the same on all ranks of the axis), and the state,
@@ -114,6 +120,8 @@ class TTTLayer(nn.Module):
         x_local = enter_shards(x, like=self.wq.weight)  # [B, L, D]
         if state is None:
             state = self.initial_state(x.shape[0])
+        elif begins is not None:
+            state = self._begun(state, begins)
         positions = stream_positions(state.offset, x.shape[1])  # [B, L]
 
         q, k, v = (self._project(layer, x_local) for layer in (self.wq, self.wk, self.wv))
@@ -151,6 +159,17 @@ class TTTLayer(nn.Module):
     def scan_op(self) -> Callable[..., tuple[Tensor, InnerState]]:
         """The inner loop that `forward` runs; another one may have the same arguments."""
         return ttt_mlp if self.config.inner_model == "mlp" else ttt_linear
+
+    def _begun(self, state: InnerState, begins: Tensor) -> InnerState:
+        """`state` with the learned initial weights in the lanes that begin."""
+        if not state.fresh:
+            raise ValueError("begins: the lanes' state must be at the border of a mini-batch")
+        lanes = begins[:, None, None, None]
+        initial = self.initial_state(len(begins)).weights
+        # Gradients reach the initial weights from the lanes that take them.
+        return InnerState.at_border(
+            [torch.where(lanes, new, old) for new, old in zip(initial, state.weights, strict=True)]
+        )
 
     def _own_heads(self, parameter: Tensor) -> Tensor:
         return to_local(parameter, grad_placements=BY_HEAD)

@@ -130,6 +130,14 @@ RESHARDS: dict[str, tuple[str, str, int]] = {
     "tp 2 x fsdp 2 to tp 4, LoRA": ("tp 2 x fsdp 2", "tp 4", 5),
 }
 
+# Trained along recordings on the first layout, resumed on the second; with so many pieces that
+# gradients go back through.
+ALONG: dict[str, tuple[str, str, int]] = {
+    "fsdp 2 to tp 2": ("fsdp 2", "tp 2", 1),
+    "tp 2 to fsdp 2": ("tp 2", "fsdp 2", 2),
+    "tp 2 x fsdp 2 to hsdp 2 x 2": ("tp 2 x fsdp 2", "hsdp 2 x 2", 2),
+}
+
 # Where one layer and the words of DTensor are looked at on the tp axis alone.
 TP_LAYOUTS = tuple(
     name for name, (ranks, layout) in LAYOUTS.items() if layout.tp > 1 and ranks <= 4

@@ -187,7 +187,7 @@ def count_work(tp: int) -> dict[str, float]:
             _, text_logits = model.forward_text(codes)
             text_logits.sum().backward()
         with FlopCounterMode(display=False) as everything:
-            text, audio = model.token_losses(codes)
+            text, audio = model.step_losses(model.steps(codes))
             (text.sum() + audio.sum()).backward()
         by_module = backbone.get_flop_counts()
         layer = f"StreamingTransformer.layers.{TTT_LAYER}"

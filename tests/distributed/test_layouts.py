@@ -23,6 +23,7 @@ import torch
 
 from tests.distributed.cases import (
     ACCUMULATION,
+    ALONG,
     CASES,
     LAYOUTS,
     MAX_NORM,
@@ -214,3 +215,20 @@ def test_the_comparison_catches_a_planted_fault(measured, fault):
     world_size = LAYOUTS[FAULTS[fault][0]][0]
     error, _ = measured(world_size)[f"fault {fault}"]["gradients"]
     assert not error < 1e-3  # a NaN is caught too
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_training_along_recordings_is_that_of_one_process_on_any_layout(measured, name):
+    """Lanes' states go from step to step, through a checkpoint and onto another layout."""
+    world_size = LAYOUTS[ALONG[name][0]][0]
+    found = measured(world_size)[f"along {name}"]
+    tolerance = TOLERANCE[torch.float64]
+    for kind in ("losses", "norms"):
+        sharded, plain = found[kind]
+        for step, (own, expected) in enumerate(zip(sharded, plain, strict=True)):
+            assert own == pytest.approx(expected, rel=tolerance), (kind, step)
+    for what in ("gradients 0", "gradients 2", "parameters", "carried"):
+        assert found[what][0] < tolerance, (what, found[what])
+    tp = LAYOUTS[ALONG[name][1]][1].tp > 1
+    heads = {placements[-1] for key, placements in found["sharded"].items() if "W1" in key}
+    assert heads == {"S(1)" if tp else "S(0)"}

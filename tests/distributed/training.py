@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from launch.optim import build_optimizers
 from launch.schema import OptimConfig
-from launch.step import StepLoss, accumulate_gradients
+from launch.step import SeparatePieces, StepLoss, accumulate_gradients
 from launch.verify_report import TrafficCounter
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
@@ -51,6 +51,7 @@ class OneRank:
     """The data axis of the unsharded run."""
 
     dp_size = 1
+    shape = {"tp": 1}  # noqa: RUF012
     dp_group = None
 
 
@@ -146,7 +147,8 @@ def train_plain(weights: Path, trained: Trained) -> PlainRun:
     run = PlainRun(copies(values(model)), {}, [], [], {})
     for step in range(max(judged)):
         codes = tiny.random_codes(SAMPLES, tiny.FRAMES, seed=step)
-        run.losses.append(step_losses(accumulate_gradients(model, [codes], config, OneRank())))
+        whole_step = SeparatePieces(model, [codes])
+        run.losses.append(step_losses(accumulate_gradients(model, whole_step, config, OneRank())))
         if step == 0:
             run.gradients.update(copies(gradients(model)))
         run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
@@ -217,7 +219,7 @@ def compare_training(plain_runs: PlainRuns, mesh: Mesh, case: Case) -> dict[str,
         with traffic if step == 0 else nullcontext():
             loss = accumulate_gradients(
                 model,
-                own_microbatches(step, mesh),
+                SeparatePieces(model, own_microbatches(step, mesh)),
                 config,
                 mesh,
                 reduce_every_microbatch=case.reduce_every_microbatch,
@@ -280,5 +282,6 @@ def planted_fault(
     plain = plain_runs.of(trained)
     with fault():
         model = make_model(plain_runs.weights, trained, mesh, {})
-        accumulate_gradients(model, own_microbatches(0, mesh), loss_config(model), mesh)
+        pieces = SeparatePieces(model, own_microbatches(0, mesh))
+        accumulate_gradients(model, pieces, loss_config(model), mesh)
     return {"gradients": worst(errors_on_ranks(gradients(model), plain.gradients))}

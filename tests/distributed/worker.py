@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.optim import build_optimizers, build_schedule
-from launch.step import accumulate_gradients
+from launch.step import SeparatePieces, accumulate_gradients
 from parallel.checkpoint import load_checkpoint
 from parallel.mesh import (
     Mesh,
@@ -32,8 +32,18 @@ from parallel.mesh import (
     leave_job,
 )
 from tests.distributed import tiny
-from tests.distributed.cases import CASES, LAYOUTS, LORA, RESHARDS, SAMPLES, TP_LAYOUTS, Trained
+from tests.distributed.cases import (
+    ALONG,
+    CASES,
+    LAYOUTS,
+    LORA,
+    RESHARDS,
+    SAMPLES,
+    TP_LAYOUTS,
+    Trained,
+)
 from tests.distributed.faults import FAULTS, LORA_FAULTS
+from tests.distributed.lane_cases import compare_lanes
 from tests.distributed.measure import whole
 from tests.distributed.saving import save_checkpoint
 from tests.distributed.tp_cases import carried_window, layer_traffic, placement_words
@@ -59,7 +69,8 @@ def reshard_checkpoint(
         optimizers = build_optimizers(model, OPTIM, fused=False)
         schedule = build_schedule(optimizers, OPTIM, 10)
         if index == 0:
-            accumulate_gradients(model, own_microbatches(0, mesh), loss_config(model), mesh)
+            pieces = SeparatePieces(model, own_microbatches(0, mesh))
+            accumulate_gradients(model, pieces, loss_config(model), mesh)
             optimizers.step()
             schedule.step()
             path = save_checkpoint(
@@ -133,6 +144,10 @@ def run_other_measurements(
         if layout in meshes:
             trained = LORA if name in LORA_FAULTS else Trained()
             run(f"fault {name}", planted_fault, plain_runs, meshes[layout], fault, trained)
+    for name, (trained_on, resumed_on, tbptt_pieces) in ALONG.items():
+        if trained_on in meshes:
+            both = [meshes[trained_on], meshes[resumed_on]]
+            run(f"along {name}", compare_lanes, plain_runs.weights, work / name, both, tbptt_pieces)
     for name, (saved, loaded, lora_rank) in RESHARDS.items():
         if saved in meshes:
             both = [meshes[saved], meshes[loaded]]

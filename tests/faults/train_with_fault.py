@@ -55,17 +55,17 @@ def in_step(act: Callable[[], None]) -> None:
 
 def no_numbers(steps: int) -> None:
     """From STEP on, so many steps in which this rank's text losses aren't finite."""
-    original, calls = TTTMoshi.token_losses, 0
+    original, calls = TTTMoshi.step_losses, 0
 
-    def wrapped(model: TTTMoshi, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrapped(model: TTTMoshi, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
-        text, audio = original(model, codes)
+        text, audio = original(model, steps)
         if not torch.is_grad_enabled():
             return text, audio
         calls += 1
         return (text * float("nan") if STEP <= calls < STEP + steps else text), audio
 
-    TTTMoshi.token_losses = wrapped
+    TTTMoshi.step_losses = wrapped
 
 
 def damage_codes() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
+from moshi.models.lm_utils import _undelay_sequence
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.tiny import LM_CONFIG, random_codes, save_release_weights, ttt_placement
@@ -104,6 +105,13 @@ def total_loss(
         )
     ]
     return means[0] + means[1]
+
+
+def by_frame(by_step: torch.Tensor, model: LMModel, first: int) -> torch.Tensor:
+    """`[B, k, T]` of the codebooks from `first` on, brought from steps to the codes' frames."""
+    rows = slice(first, first + by_step.shape[1])
+    values, known = _undelay_sequence(model.delays[rows], by_step, fill_value=0.0)
+    return torch.where(known, values, torch.zeros_like(values))
 
 
 def logits_in_steps(output: LMOutput) -> torch.Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import REPO_ROOT, load_config, read_config, resolve_global_batch_size
+from launch.batch_plan import resolve_global_batch_size
+from launch.config import REPO_ROOT, load_config, read_config
 from launch.errors import UserError
 
 VALID = ["run_dir=r", "full_finetuning=true"]

@@ -49,7 +49,6 @@ def test_7b_configs_lack_nothing_but_data(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("ttt.persistent_states=true", "ttt.persistent_states"),
         ("ttt.log_inner_loop_losses=true", "ttt.log_inner_loop_losses"),
         ("ttt.save_inner_loop_plots=true", "ttt.save_inner_loop_plots"),
         ("overwrite_run_dir=true", "nothing is ever deleted"),
@@ -220,6 +219,19 @@ def test_warnings(tmp_path: Path) -> None:
     assert ahead == ["ttt.causal"]
     assert check(demo(tmp_path, "ttt.causal=false")) == []
     assert run_warnings(demo(tmp_path)) == []
+    along = ["ttt.persistent_states=true", "duration_sec=1.5", "ttt.causal=false"]
+    rounded, ahead = run_warnings(demo(tmp_path, *along))
+    assert "1.5 s are 19 frames; pieces have 16, whole mini-batches of 16" in rounded
+    assert ahead.startswith("ttt.causal: false lets a frame see later frames")
+
+
+def test_states_are_not_carried_behind_windows_without_end(tmp_path: Path) -> None:
+    config = demo(tmp_path, "ttt.persistent_states=true", "ttt.non_ttt_layer_context=null")
+    (problem,) = check(config)  # the release has none
+    assert problem.startswith("ttt.non_ttt_layer_context: found null")
+    lm_config = TINY | {"context": 300}
+    assert check_run(config, world_size=2, lm_config=lm_config) == []
+    assert check(demo(tmp_path, "ttt.persistent_states=true")) == []
 
 
 def test_ttt_section_reaches_the_layer_config(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def expected_lane(dataset, lane, num_lanes, count):
 
 @pytest.mark.parametrize("frames", [1, 2, 37])
 def test_steps_are_those_of_the_models_own_loss(frames):
-    """What `TTTMoshi.token_losses` gives its backbone and Depformer, and their targets."""
+    """What `TTTMoshi.step_losses` gives its backbone and Depformer, and their targets."""
     model = hybrid_model(None)
     codes = clean_codes(1, frames)
     seen = {}
@@ -114,9 +114,8 @@ def test_steps_are_those_of_the_models_own_loss(frames):
         forward_depformer(targets, out),
     )[1]
     with torch.no_grad():
-        model.token_losses(codes)
-    initial = model._get_initial_token()[0, :, 0].tolist()
-    steps = delayed_steps(codes[0], model.delays, initial)
+        model.step_losses(model.steps(codes))
+    steps = delayed_steps(codes[0], model.delays, model.initial_tokens())
     assert model.delays == DELAYS
     assert steps.dtype == torch.int64
     assert torch.equal(steps[:, :-1], seen["inputs"][0])

@@ -9,8 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.distributed.tiny import LM_CONFIG, random_codes, ttt_placement
-from tests.unit.moshi_cases import DEP_Q, hybrid_model, total_loss
-from ttt_dist.moshi.loss import LossConfig, loss_weights, token_losses, weighted_mean
+from tests.unit.moshi_cases import DEP_Q, by_frame, hybrid_model, total_loss
+from ttt_dist.moshi.loss import (
+    LossConfig,
+    loss_weights,
+    step_weights,
+    token_losses,
+    weighted_mean,
+)
 
 GOLDEN = Path(__file__).parents[1] / "assets" / "goldens" / "loss.safetensors"
 
@@ -35,6 +41,8 @@ def read_golden() -> tuple[dict[str, torch.Tensor], LMOutput, torch.Tensor, Loss
         zero_token_id=-1,
         delays=(0,) * codes.shape[1],
         dep_q=dep_q,
+        text_card=output.text_logits.shape[-1],
+        audio_card=output.logits.shape[-1],
     )
     return golden, output, codes, config
 
@@ -101,6 +109,8 @@ def test_weights_of_padding_and_of_the_first_codebook():
         zero_token_id=-1,
         delays=tuple(LM_CONFIG["delays"]),
         dep_q=DEP_Q,
+        text_card=LM_CONFIG["text_card"],
+        audio_card=LM_CONFIG["card"],
     )
     text, audio = loss_weights(codes, config)
     assert text.tolist() == [[[0.25, 0.25, 1.0, 0.0, 0.25]]]
@@ -148,11 +158,21 @@ def test_bfloat16_logits_are_taken_up_in_float32():
 
 @pytest.mark.parametrize("frames", [1, 2, 13])
 def test_losses_by_step_are_those_of_the_logits(frames):
-    """`TTTMoshi.token_losses` keeps no logits in the codes' frames, and gives the same losses."""
+    """`TTTMoshi.step_losses` keeps no logits in the codes' frames, and gives the same losses; their
+    weights are the same, too."""
     model = hybrid_model(ttt_placement())
     codes = random_codes(3, frames)
-    for found, expected in zip(
-        model.token_losses(codes), token_losses(model(codes), codes), strict=True
-    ):
-        assert torch.equal(found, expected)
-        assert frames == 1 or found.abs().sum() > 0
+    steps = model.steps(codes)
+    config = LossConfig.of_model(
+        model, text_padding_weight=0.25, first_codebook_weight_multiplier=3.0
+    )
+    pairs = (
+        (model.step_losses(steps), token_losses(model(codes), codes)),
+        (step_weights(steps[:, :, 1:], config), loss_weights(codes, config)),
+    )
+    for found, expected in pairs:
+        for first, (own, stock) in enumerate(zip(found, expected, strict=True)):
+            assert torch.equal(by_frame(own, model, first), stock)
+            # Nothing else stands at steps without a frame.
+            assert own.sum().item() == pytest.approx(stock.sum().item(), rel=1e-6)
+            assert frames == 1 or own.abs().sum() > 0

@@ -1,7 +1,7 @@
 """A recording as the model meets it: delayed, with initial tokens, cut where no target is lost.
 
 Moshi's codebooks run behind the text by their delays, and the model computes step s from step
-s - 1. For the recording as a whole these steps are those of `TTTMoshi.token_losses`; pieces are cut
+s - 1. For the recording as a whole these steps are those of `TTTMoshi.steps`; pieces are cut
 out of them, not of the codes, so that neither a delayed code nor a border's target falls out.
 """
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
-from moshi.models.lm_utils import _delay_sequence, _undelay_sequence
+from moshi.models.lm_utils import _delay_sequence
 from moshi.modules.transformer import StreamingTransformerLayer
 from moshi.utils.compile import no_compile
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ttt_dist.config import TTTConfig
 from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.attention import AttentionWindow, attend
+from ttt_dist.moshi.carry import Carry, LayerCarry, LayerPassage, Passage
 from ttt_dist.moshi.frames import AllFrames, FrameSharing
 from ttt_dist.moshi.loss import masked_cross_entropy
 from ttt_dist.moshi.packed import pack_attention, pack_gating
@@ -26,6 +27,7 @@ from ttt_dist.moshi.streaming import (
     check_one_frame,
     read_frame,
 )
+from ttt_dist.ops import InnerState
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -73,7 +75,7 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
     layer class of the whole model. `skip_ttt` leaves the block out, for comparisons
     (`build.without_ttt`). A call starts from TTT's learned initial weights, a step of a stream
     (Moshi's streaming API) from where the last one ended; a stream keeps the `skip_ttt` that it
-    began with.
+    began with. A call over a piece of recordings (`TTTMoshi.passing`) goes on from the last piece.
 
     Outside of streams, causal self-attention is computed in time and memory O(T · context)
     (`attention.py`) where `windowed` is true; that is in all layers but those with weights per
@@ -88,6 +90,8 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
         super().__init__(*args, **kwargs)
         self.ttt: TTTBlock | None = None
         self.skip_ttt = False
+        # Set by `TTTMoshi.passing` for the time of one forward.
+        self.passage: LayerPassage | None = None
         packed_attention = not self.skip_self_attn and pack_attention(self.self_attn)
         packed_gating = pack_gating(self.gating)
         self.windowed = packed_attention and self.self_attn.causal
@@ -125,6 +129,8 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
 
     def forward(self, x: Tensor, cross_attention_src: Tensor | None = None) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`."""
+        if self.passage is not None:
+            return self._pass_on(x, self.passage)
         state = self._streaming_state
         check_one_frame(state, x.shape[1])
         if self.ttt is None:
@@ -138,6 +144,23 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
             x = self._gate_and_feed(x, y)
         if state is not None:
             state.offset_cpu += x.shape[1]
+        return x
+
+    def _pass_on(self, x: Tensor, passage: LayerPassage) -> Tensor:
+        """Read a piece of recordings `[B, L, D]` after what `passage` brings; fill in the rest."""
+        inner = passage.before.inner
+        if self.ttt is None:
+            x, window = self._whole(x, None, passage.window)
+        else:
+            x, window = self._attend(x, None, passage.window)
+            y = None
+            if inner is not None and not self.skip_ttt:
+                start = InnerState.at_border(inner)
+                y, state = self.ttt.layer(x, start, begins=passage.begins)
+                inner = state.weights
+            x = self._gate_and_feed(x, y)
+        assert window is not None  # one was given
+        passage.after = LayerCarry(window, inner)
         return x
 
     def _whole(
@@ -182,22 +205,32 @@ class TTTMoshi(ShardableLayout, LMModel):
         super().__init__(*args, **kwargs)
         self.frames: FrameSharing = AllFrames()
 
-    def token_losses(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of every target in `codes`, as `loss.token_losses(self(codes), codes)`.
+    def initial_tokens(self) -> list[int]:
+        """Of each row of codes, the token that stands before its first."""
+        return self._get_initial_token().flatten().tolist()
 
-        Logits and targets are compared step by step and the losses, not the logits, brought back to
-        their codes' frames: the Depformer's logits exist for own frames alone.
+    def steps(self, codes: Tensor) -> Tensor:
+        """The sequence that the model learns from `codes`: delayed, after its initial tokens.
 
         Args:
             codes: int `[B, K, T]`, text first; -1 has no target.
 
         Returns:
+            `[B, K, T + 1]`; the model reads its first T steps to predict the last T.
+        """
+        initial = self._get_initial_token().expand(len(codes), -1, -1)
+        return torch.cat([initial, _delay_sequence(self.delays, codes, initial)], dim=2)
+
+    def step_losses(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every target in `steps` `[B, K, T + 1]`, or a piece of such a sequence.
+
+        As `loss.token_losses(self(codes), codes)`, but by step, not by frame: the losses of a
+        codebook are later by its delay. The Depformer's logits exist for own frames alone.
+
+        Returns:
             text `[B, 1, T]` and audio `[B, dep_q, T]`, 0 where nothing is predicted; float32
             (float64 for float64 models), the same on all ranks that share the sample.
         """
-        B, _, T = codes.shape
-        initial = self._get_initial_token().expand(B, -1, -1)
-        steps = torch.cat([initial, _delay_sequence(self.delays, codes, initial)], dim=2)
         inputs, targets = steps[:, :, :-1], steps[:, :, 1:]  # [B, K, T]
         transformer_out, text_logits = self.forward_text(inputs)
         text = _step_losses(text_logits, targets[:, :1])
@@ -206,15 +239,28 @@ class TTTMoshi(ShardableLayout, LMModel):
         own_out = self.frames.own(transformer_out, dim=1)
         logits = self.forward_depformer_training(own_targets, own_out)  # [B, dep_q, own T, card]
         audio = _step_losses(logits, own_targets[:, 1 : 1 + self.dep_q])
-        audio = self.frames.all(audio, dim=2, frames=T)
-        return self._by_frame(text, codes, 0), self._by_frame(audio, codes, 1)
+        return text, self.frames.all(audio, dim=2, frames=targets.shape[2])
 
-    def _by_frame(self, losses: Tensor, codes: Tensor, first: int) -> Tensor:
-        """Losses by step `[B, k, T]` of the codebooks from `first` on, by frame of the code."""
-        rows = slice(first, first + losses.shape[1])
-        losses, predicted = _undelay_sequence(self.delays[rows], losses, fill_value=0.0)
-        valid = predicted & (codes[:, rows] != self.zero_token_id)
-        return torch.where(valid, losses, torch.zeros_like(losses))
+    @contextmanager
+    def passing(self, carry: Carry, begins: Tensor) -> Iterator[Passage]:
+        """Inside, one forward takes a piece of recordings, a lane each, that goes on from `carry`.
+
+        What the piece leaves is the passage's `carry`, in the graph. (No argument of the forward:
+        FSDP2 would cast the inner weights to the dtype of computation.)
+
+        Args:
+            carry: what the piece before left, of as many lanes.
+            begins: bool `[B]`, lanes whose recording begins here, whatever `carry` has for them.
+        """
+        passage = Passage(carry, begins)
+        layers = list(self.transformer.layers)
+        for layer, part in zip(layers, passage.layers, strict=True):
+            layer.passage = part
+        try:
+            yield passage
+        finally:
+            for layer in layers:
+                layer.passage = None
 
     def forward_text(self, sequence: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Moshi's, with a check ahead of the first layer's step: `[B, K, S]`, S = 1 in streams."""

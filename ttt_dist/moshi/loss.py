@@ -29,6 +29,8 @@ class LossConfig:
     zero_token_id: int
     delays: tuple[int, ...]
     dep_q: int
+    text_card: int
+    audio_card: int
 
     @classmethod
     def of_model(
@@ -46,6 +48,8 @@ class LossConfig:
             zero_token_id=model.zero_token_id,
             delays=tuple(model.delays),
             dep_q=model.dep_q,
+            text_card=model.text_card,
+            audio_card=model.card,
         )
 
 
@@ -60,28 +64,49 @@ def loss_weights(codes: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
         no prediction for the last `n` frames (moshi's `_undelay_sequence`).
     """
     frames = codes.shape[2]
-    text, audio = codes[:, :1], codes[:, 1 : 1 + config.dep_q]
 
-    def valid(part: Tensor, delays: Sequence[int]) -> Tensor:
+    def predicted(part: Tensor, delays: Sequence[int]) -> Tensor:
         last = torch.tensor([frames - delay for delay in delays], device=codes.device)
-        predicted = torch.arange(frames, device=codes.device) < last[:, None]  # [k, T]
-        return (part != config.zero_token_id) & predicted
+        before_last = torch.arange(frames, device=codes.device) < last[:, None]  # [k, T]
+        return (part != config.zero_token_id) & before_last
 
-    padding = torch.tensor(config.text_padding_ids, device=codes.device)
-    text_weight = valid(text, config.delays[:1]).float()
+    text, audio = codes[:, :1], codes[:, 1 : 1 + config.dep_q]
+    valid_text = predicted(text, config.delays[:1])
+    valid_audio = predicted(audio, config.delays[1 : 1 + config.dep_q])
+    return _weights(text, valid_text, valid_audio, config)
+
+
+def step_weights(targets: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """As `loss_weights`, for the delayed sequence: by step instead of by frame.
+
+    Args:
+        targets: int `[B, K, T]`, text first; -1 and initial tokens are no target.
+
+    Returns:
+        text `[B, 1, T]` and audio `[B, dep_q, T]`, float32.
+    """
+    text, audio = targets[:, :1], targets[:, 1 : 1 + config.dep_q]
+    valid_text = (text >= 0) & (text < config.text_card)
+    return _weights(text, valid_text, (audio >= 0) & (audio < config.audio_card), config)
+
+
+def _weights(
+    text: Tensor, valid_text: Tensor, valid_audio: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    padding = torch.tensor(config.text_padding_ids, device=text.device)
+    text_weight = valid_text.float()
     text_weight = torch.where(
         torch.isin(text, padding), text_weight * config.text_padding_weight, text_weight
     )
-    audio_weight = valid(audio, config.delays[1 : 1 + config.dep_q]).float()
-    first = torch.ones(config.dep_q, 1, device=codes.device)
+    first = torch.ones(config.dep_q, 1, device=text.device)
     first[0] = config.first_codebook_weight_multiplier
-    return text_weight, audio_weight * first
+    return text_weight, valid_audio.float() * first
 
 
 def token_losses(output: LMOutput, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every target, 0 where the model's mask says there is none.
 
-    Training takes `TTTMoshi.token_losses`, which gives the same without keeping all logits.
+    Training takes `TTTMoshi.step_losses`, the same by step, without keeping all logits.
 
     Returns:
         text `[B, 1, T]` and audio `[B, dep_q, T]`, float32 (float64 for float64 logits).

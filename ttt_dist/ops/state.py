@@ -42,8 +42,8 @@ class InnerState:
         offset: int64 `[B]` on the state's device, `0 ≤ offset < mini_batch_size`: how many tokens
             of the mini-batch in progress each lane has seen.
         mini_batch_size: what `offset` counts up to, once a scan has been run on the state. None
-            marks a *fresh* state (no token in any lane, `offset` and `pending` zero), so that a
-            scan knows it without asking the device.
+            marks a *fresh* state (no lane is inside a mini-batch, `offset` and `pending` zero), so
+            that a scan knows it without asking the device.
     """
 
     weights: tuple[Tensor, ...]
@@ -53,8 +53,16 @@ class InnerState:
 
     @property
     def fresh(self) -> bool:
-        """True where no scan has been run on this state yet."""
+        """True where all lanes are known to be at the border of a mini-batch."""
         return self.mini_batch_size is None
+
+    @classmethod
+    def at_border(cls, weights: Sequence[Tensor]) -> InnerState:
+        """Lanes with these `weights`, all at the border of a mini-batch: a fresh state."""
+        # Expanded views: what isn't there takes no memory, however many lanes there are.
+        pending = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
+        offset = torch.zeros(len(weights[0]), dtype=torch.int64, device=weights[0].device)
+        return cls(tuple(weights), pending, offset)
 
     @property
     def depth(self) -> int:
@@ -147,10 +155,9 @@ def _fresh_state(parameters: Mapping[str, Tensor], batch_size: int) -> InnerStat
         raise ValueError("; ".join(problems))
     dtype = compute_dtype(first.dtype)
     # Expanded views: a fresh state takes no memory of its own, however many lanes there are.
-    weights = tuple(t.to(dtype).expand(batch_size, *t.shape) for t in parameters.values())
-    pending = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
-    offset = torch.zeros(batch_size, dtype=torch.int64, device=first.device)
-    return InnerState(weights, pending, offset)
+    return InnerState.at_border(
+        [t.to(dtype).expand(batch_size, *t.shape) for t in parameters.values()]
+    )
 
 
 def _check_shapes(parameters: Mapping[str, Tensor], expected: Mapping[str, list[int]]) -> None:

@@ -1,0 +1,291 @@
+"""What training and evaluation read: pieces that stand alone, or pieces along recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from moshi.models.loaders import CheckpointInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from launch.batch_plan import LanePlan
+from launch.config import TrainConfig
+from launch.lanes import LanePieces, Lanes
+from launch.prepare import codes_spec, open_cache, read_splits
+from launch.setup import model_dtypes, say
+from launch.step import Microbatches, SeparatePieces
+from parallel.carry import carry_tensors, empty_carry, lane_tensor, own_carry, own_lanes
+from parallel.mesh import Mesh
+from ttt_dist.data.batches import SampledStep, Step, StepBatches, eval_batches
+from ttt_dist.data.check import too_few_pieces, too_few_recordings
+from ttt_dist.data.dataset import GlobalOrder, PieceDataset, open_pieces
+from ttt_dist.data.encode import load_codec
+from ttt_dist.data.lanes import LaneBatches, LaneStep, recording_batches
+from ttt_dist.data.manifest import DataError, Recording, all_recordings
+from ttt_dist.data.recordings import RecordingDataset, open_recordings
+from ttt_dist.moshi.block import TTTMoshi
+
+BEGIN_ANEW = "carry.begin_anew"
+
+
+StepT = TypeVar("StepT", bound=SampledStep)
+
+
+class Feed(Protocol[StepT]):
+    """What a run reads, as its loop wants it."""
+
+    @property
+    def sets(self) -> Mapping[str, PieceDataset] | Mapping[str, RecordingDataset]:
+        """`train`, and `eval` where it is asked for."""
+        ...
+
+    def start(self, model: TTTMoshi) -> None:
+        """Get ready to feed this model; before anything below."""
+        ...
+
+    def batches(self, first_step: int) -> AbstractContextManager[Iterator[StepT]]:
+        """This rank's share of step `first_step` (from 0) and of every next one."""
+        ...
+
+    def microbatches(self, batch: StepT) -> Microbatches:
+        """A step's share, ready for the model."""
+        ...
+
+    def held_out(self, broken: dict[int, str]) -> Iterator[Microbatches]:
+        """One pass over the evaluation's data; all ranks give equally many.
+
+        Args:
+            broken: samples that can't be read are added to it, with the cause.
+        """
+        ...
+
+    def carried(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it, by name, over all ranks."""
+        ...
+
+    def restore(self, carried: Mapping[str, Tensor]) -> None:
+        """Go on from values that were loaded into what `carried` gave."""
+        ...
+
+    def forget_broken(self) -> int:
+        """Drop what isn't finite in what goes on to the next step; all ranks call it together.
+
+        Returns:
+            Lanes of this rank that begin anew.
+        """
+        ...
+
+
+class PieceFeed:
+    """Pieces in their global order; none knows of another.
+
+    Args:
+        config: with `global_batch_size`.
+        sets: `train`, and `eval` where it is asked for.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        sets: Mapping[str, PieceDataset],
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        assert config.global_batch_size is not None  # resolved by now
+        self.sets = sets
+        self._config, self._mesh, self._device = config, mesh, device
+        self._global_batch_size = config.global_batch_size
+        self._order = _order(config, sets["train"])
+
+    def start(self, model: TTTMoshi) -> None:
+        self._model = model
+
+    def batches(self, first_step: int) -> StepBatches:
+        return StepBatches(
+            self.sets["train"],
+            self._order,
+            global_batch_size=self._global_batch_size,
+            batch_size=self._config.batch_size,
+            dp_rank=self._mesh.dp_rank,
+            dp_size=self._mesh.dp_size,
+            start_step=first_step,
+            prefetch=self._config.data.prefetch,
+        )
+
+    def microbatches(self, batch: Step) -> SeparatePieces:
+        return SeparatePieces(self._model, [codes.to(self._device) for codes in batch.codes])
+
+    def held_out(self, broken: dict[int, str]) -> Iterator[Microbatches]:
+        limit = self._config.eval_batches and self._config.eval_batches * self._global_batch_size
+        for codes in eval_batches(
+            self.sets["eval"],
+            batch_size=self._config.batch_size,
+            dp_rank=self._mesh.dp_rank,
+            dp_size=self._mesh.dp_size,
+            broken=broken,
+            limit=limit,
+        ):
+            yield SeparatePieces(self._model, [codes.to(self._device)])
+
+    def carried(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, carried: Mapping[str, Tensor]) -> None:
+        pass
+
+    def forget_broken(self) -> int:
+        return 0
+
+
+class RecordingFeed:
+    """Lanes along recordings, whose states go from piece to piece.
+
+    Args:
+        plan: what a step takes.
+        sets: `train`, and `eval` where it is asked for.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: LanePlan,
+        sets: Mapping[str, RecordingDataset],
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        self.sets = sets
+        self._config, self._plan, self._mesh, self._device = config, plan, mesh, device
+        self._dtype = model_dtypes(config, device)[1]
+        self._order = _order(config, sets["train"])
+
+    def start(self, model: TTTMoshi) -> None:
+        self._model = model
+        self._rows = {"delays": list(model.delays), "initial": model.initial_tokens()}
+        lanes = self._plan.num_lanes // self._mesh.dp_size
+        self._lanes = self._new_lanes(lanes, self._config.ttt.tbptt_pieces)
+
+    def batches(self, first_step: int) -> LaneBatches:
+        return LaneBatches(
+            self.sets["train"],
+            self._order,
+            num_lanes=self._plan.num_lanes,
+            batch_size=self._config.batch_size,
+            pieces_per_step=self._plan.pieces_per_step,
+            **self._rows,
+            dp_rank=self._mesh.dp_rank,
+            dp_size=self._mesh.dp_size,
+            start_step=first_step,
+            prefetch=self._config.data.prefetch,
+        )
+
+    def microbatches(self, batch: LaneStep) -> LanePieces:
+        steps, begins = (
+            [[piece.to(self._device) for piece in group] for group in nested]
+            for nested in (batch.steps, batch.begins)
+        )
+        return self._lanes.pieces(steps, begins)
+
+    def held_out(self, broken: dict[int, str]) -> Iterator[Microbatches]:
+        lanes = self._new_lanes(self._config.batch_size, tbptt_pieces=1)
+        for batch in recording_batches(
+            self.sets["eval"],
+            batch_size=self._config.batch_size,
+            **self._rows,
+            dp_rank=self._mesh.dp_rank,
+            dp_size=self._mesh.dp_size,
+            broken=broken,
+            limit=self._config.eval_batches and self._config.eval_batches * self._plan.num_lanes,
+        ):
+            steps, begins = batch.steps.to(self._device), batch.begins.to(self._device)
+            yield lanes.pieces([[steps]], [[begins]])
+
+    def carried(self) -> dict[str, Tensor]:
+        anew = lane_tensor(self._lanes.begin_anew, self._mesh)
+        return carry_tensors(self._lanes.carry, self._mesh) | {BEGIN_ANEW: anew}
+
+    def restore(self, carried: Mapping[str, Tensor]) -> None:
+        anew = own_lanes(carried[BEGIN_ANEW])
+        self._lanes.put(own_carry(carried, like=self._lanes.carry), anew)
+
+    def forget_broken(self) -> int:
+        tp = self._mesh.tp
+        return self._lanes.forget_broken(None if tp is None else tp.get_group())
+
+    def _new_lanes(self, lanes: int, tbptt_pieces: int) -> Lanes:
+        carry = empty_carry(self._model, lanes, self._mesh, dtype=self._dtype, device=self._device)
+        return Lanes(carry, batch_size=self._config.batch_size, tbptt_pieces=tbptt_pieces)
+
+
+def open_feed(
+    config: TrainConfig,
+    plan: LanePlan | None,
+    release: CheckpointInfo,
+    mesh: Mesh,
+    device: torch.device,
+) -> Feed[Any]:
+    """The data of a run, encoded where the cache lacks it; along recordings where there is a plan.
+
+    All ranks call it together and encode a share each.
+
+    Raises:
+        DataError: it can't be encoded, or is too little for so many ranks.
+    """
+    splits = read_splits(config, check_files=False)  # preflight has looked at the files
+    if not config.do_eval:
+        splits.pop("eval", None)
+    cache = open_cache(config, splits, codes_spec(config, release))
+    recordings = [r for sources in splits.values() for r in all_recordings(sources)]
+    with tqdm(
+        total=len(recordings), desc="audio to codes", unit="file", disable=dist.get_rank() != 0
+    ) as bar:
+
+        def encoded(_: Recording, __: bool) -> None:
+            # This rank's, and meanwhile one of each other's; the last shares may be shorter.
+            bar.update(min(dist.get_world_size(), len(recordings) - bar.n))
+
+        encoding: dict[str, Any] = {
+            "codec": lambda: load_codec(release, cache.spec, device),
+            "rank": dist.get_rank(),
+            "world_size": dist.get_world_size(),
+            "agree": _problems_of_all_ranks,
+            "max_encode_sec": config.data.max_inline_encode_sec,
+            "progress": encoded,
+        }
+        if plan is None:
+            pieces = open_pieces(splits, cache, **encoding)
+        else:
+            whole = open_recordings(splits, cache, piece_frames=plan.piece_frames, **encoding)
+    feed: Feed[Any]
+    if plan is None:
+        # With one piece for two ranks a step would hold it twice.
+        few = too_few_pieces(
+            len(pieces["train"]), mesh.dp_size, config.duration_sec, "data.train_data"
+        )
+        feed = PieceFeed(config, pieces, mesh, device)
+    else:
+        few = too_few_recordings(whole["train"].num_recordings, plan.num_lanes, "data.train_data")
+        feed = RecordingFeed(config, plan, whole, mesh, device)
+    if few:
+        raise DataError(few)
+    for name, dataset in feed.sets.items():
+        count = f"{len(dataset)} pieces of {dataset.frames} frames"
+        if isinstance(dataset, RecordingDataset):
+            count = f"{dataset.num_recordings} recordings, {count}"
+        say(f"{name} data: {count}, codes: {cache.folder}")
+    return feed
+
+
+def _order(config: TrainConfig, train: PieceDataset | RecordingDataset) -> GlobalOrder:
+    return GlobalOrder(
+        train.source_sizes, train.weights, seed=config.seed, shuffle=config.data.shuffle
+    )
+
+
+def _problems_of_all_ranks(problems: list[str]) -> list[str]:
+    gathered = [problems] * dist.get_world_size()
+    dist.all_gather_object(gathered, problems)
+    return [problem for each in gathered for problem in each]
