@@ -7,31 +7,13 @@ numbers: bit for bit.
 """
 
 import math
-from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
-from moshi.modules.rope import RotaryEmbedding
-from moshi.modules.transformer import StreamingMultiheadAttention
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.activation import checkpoint_layers
-from parallel.compilation import compile_layers
-from tests.distributed.tiny import random_codes
-from tests.unit.moshi_cases import active_hybrid_model, set_windows, total_loss
-from ttt_dist.moshi.attention import AttentionWindow, attend, windowed_attention
+from tests.unit.attention_cases import D, H, attentions, empty, error
+from ttt_dist.moshi.attention import attend, windowed_attention
 from ttt_dist.moshi.block import HybridStreamingTransformerLayer
-from ttt_dist.moshi.build import transformer_layers
-from ttt_dist.moshi.packed import pack_attention
-
-B, H, D = 3, 2, 16
-HEAD = D // H
-
-
-def error(found, expected):
-    scale = expected.norm()
-    return ((found - expected).norm() / (scale if scale > 0 else 1.0)).item()
 
 
 def dense_attention(q, k, v, context, past=0, length=None):
@@ -50,6 +32,7 @@ def dense_attention(q, k, v, context, past=0, length=None):
     return scores.softmax(dim=-1) @ v
 
 
+B, HEAD = 3, 8
 CONTEXTS = (1, 2, 5, 63, 64, 65, 100, 1000, None)
 
 
@@ -71,7 +54,6 @@ def test_attention_and_gradients_are_the_definitions(context, frames, past, leng
         results.append([y, *torch.autograd.grad(y, tensors, cotangent)])
     for name, found, expected in zip(("y", "q", "k", "v"), *results, strict=True):
         assert found.shape == expected.shape
-        # With one visible key its weight is 1 whatever q and k are; the definition says so exactly.
         assert error(found, expected) < 1e-12, name
 
 
@@ -86,19 +68,6 @@ def test_keys_of_another_length_are_refused():
     x = torch.zeros(1, 1, 3, 4)
     with pytest.raises(ValueError, match="found 3 keys and 3 values; 2 frames before 3 queries"):
         windowed_attention(x, x, x, 5, past=2)
-
-
-def attentions(context, rope="interleaved", dtype=torch.float32):
-    """Moshi's own module, and one of the same weights with packed projections."""
-    torch.manual_seed(0)
-    embedding = None if rope is None else RotaryEmbedding(interleave=rope == "interleaved")
-    stock, packed = (
-        StreamingMultiheadAttention(D, H, causal=True, context=context, rope=embedding, dtype=dtype)
-        for _ in range(2)
-    )
-    packed.load_state_dict(stock.state_dict())
-    assert pack_attention(packed)
-    return stock, packed
 
 
 def gradients(module, x, y, cotangent):
@@ -132,10 +101,6 @@ def test_the_module_is_moshis_own(context, frames, rope):
 
 # Pieces of one recording: alone, many short ones, shorter and longer than the window, a remainder.
 SPLITS = [(150,), (75, 75), (1,) * 20 + (130,), (3, 140, 7), (64, 64, 22), (16,) * 9 + (6,)]
-
-
-def empty(attention, dtype=torch.float32, batch_size=2):
-    return AttentionWindow.empty(attention, batch_size, device="cpu", dtype=dtype)
 
 
 def in_pieces(attention, x, split, window):
@@ -295,87 +260,3 @@ def test_layers_with_shared_keys_take_no_window():
     plain._attend(x, None, empty(plain.self_attn))
     with pytest.raises(ValueError, match="can't take an attention window"):
         layer._attend(x, None, empty(plain.self_attn))
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of all that operators make, the largest of it, and which attention kernels run."""
-
-    def __init__(self):
-        super().__init__()
-        self.total, self.largest, self.kernels = 0, 0, Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "scaled_dot_product" in func.name():
-            self.kernels[func.name().removeprefix("aten::_scaled_dot_product_")] += 1
-        if not func.is_view and not func._schema.is_mutable:
-            made = out if isinstance(out, (list, tuple)) else [out]
-            sizes = [t.numel() * t.element_size() for t in made if torch.is_tensor(t)]
-            self.total += sum(sizes)
-            self.largest = max([self.largest, *sizes])
-        return out
-
-
-def allocations(forward, frames):
-    x = torch.randn(1, frames, D, requires_grad=True)
-    with Allocations() as seen:
-        forward(x).sum().backward()
-    return seen
-
-
-@pytest.mark.parametrize("context", [1, 50, 100])
-@pytest.mark.parametrize("carried", [False, True])
-def test_all_that_is_allocated_grows_as_the_frames(context, carried):
-    """Forward and backward; Moshi's own forward, as a check of the check, grows as their square."""
-    stock, packed = attentions(context)
-
-    def ours(x):
-        return attend(packed, x, empty(packed, batch_size=1) if carried else None)[0]
-
-    counts = [allocations(ours, frames) for frames in (1000, 2000, 4000)]
-    for small, large in pairwise(counts):
-        assert large.total < 2.1 * small.total
-        assert large.largest < 2.1 * small.largest
-        assert large.kernels == small.kernels
-    # No scores are kept either: the kernel that keeps none takes masks, forward and backward.
-    kernels = {"flash_attention_for_cpu", "flash_attention_for_cpu_backward"}
-    assert set(counts[0].kernels) == kernels
-    dense = [allocations(lambda x: stock(x, x, x), frames) for frames in (1000, 2000)]
-    assert dense[1].largest > 3.9 * dense[0].largest
-
-
-def test_selective_recomputation_keeps_every_attention():
-    """Each kernel runs as often as without recomputation; under `layer` once more."""
-    codes = random_codes(2, 140)  # three blocks of 64, so each kind of block
-    runs = {}
-    for recompute in ("none", "selective", "layer"):
-        model = set_windows(active_hybrid_model())
-        checkpoint_layers(model, recompute)
-        with Allocations() as seen:
-            total_loss(model(codes), codes, model).backward()
-        runs[recompute] = seen.kernels["flash_attention_for_cpu"]
-    assert runs["selective"] == runs["none"] < runs["layer"] == 2 * runs["none"]
-
-
-@pytest.mark.integration  # compiles
-def test_a_compiled_and_recomputed_layer_carries_windows():
-    """1e-5: compiled float32 sums in another order."""
-    x = torch.randn(2, 170, 32, requires_grad=True)
-    results = []
-    for wrapped in (False, True):
-        model = set_windows(active_hybrid_model())
-        if wrapped:
-            torch._dynamo.reset()
-            compile_layers(model)
-            checkpoint_layers(model, "layer")
-        layer = transformer_layers(model)[0]
-        window = AttentionWindow.empty(layer.self_attn, 2, device="cpu", dtype=x.dtype)
-        outputs = []
-        for piece in x.split(85, dim=1):
-            y, window = layer._whole(piece, None, window)
-            outputs.append(y)
-        y = torch.cat(outputs, dim=1)
-        weights = [p for n, p in layer.named_parameters() if "self_attn" in n]
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *weights])])
-    for found, expected in zip(*results, strict=True):
-        assert error(found, expected) < 1e-5
