@@ -39,10 +39,10 @@ class Setting:
         arguments = [*self.arguments, f"run_dir={folder}", *extra]
         return Run(folder, run_ranks(ranks, TRAIN, arguments, timeout=TIMEOUT))
 
-    def run_with(self, fault: str, rank: int, folder: Path, *extra: str) -> Run:
+    def run_with(self, fault: str, rank: int, folder: Path, *extra: str, ranks: int = 2) -> Run:
         """`launch/train.py` with one of `train_with_fault.py`'s faults in this rank."""
         arguments = [fault, str(rank), *self.arguments, f"run_dir={folder}", *extra]
-        run = Run(folder, run_ranks(2, FAULTY, arguments, timeout=TIMEOUT))
+        run = Run(folder, run_ranks(ranks, FAULTY, arguments, timeout=TIMEOUT))
         assert_no_process_of(folder)
         return run
 

@@ -5,28 +5,35 @@ import json
 import pytest
 
 from tests.faults.jobs import STEPS, assert_good, assert_taken_up
+from tests.faults.test_damaged import copy_of
 from tests.integration.runs import snapshot
 
 pytestmark = pytest.mark.faults
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank"),
+    ("fault", "rank", "left"),
     [
-        ("killed in a step", 1),
-        ("killed before the metadata", 0),
-        ("killed before the manifest", 0),
-        ("killed before the rename", 0),
+        ("killed in a step", 1, None),
+        ("killed before the metadata", 0, set()),
+        ("killed before the manifest", 0, {".metadata", "progress.json"}),
+        ("killed before the rename", 0, {".metadata", "progress.json", "manifest.json"}),
     ],
 )
-def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(setting, tmp_path, fault, rank):
+def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
+    setting, tmp_path, fault, rank, left
+):
+    """`left`: what the save under way had come to, beside the files of tensors."""
     run = setting.run_with(fault, rank, tmp_path / "run")
     assert run.job.returncode != 0
     assert "Signal 9 (SIGKILL) received" in run.job.stderr
     assert run.status["state"] in ("running", "failed")
     assert_good(run, 2)
     unfinished = [name for name in run.checkpoints if name.startswith(".saving-step-000004")]
-    assert len(unfinished) == (0 if fault == "killed in a step" else 1)
+    assert len(unfinished) == (0 if left is None else 1)
+    for name in unfinished:
+        files = {path.name for path in (run.folder / "checkpoints" / name).iterdir()}
+        assert {file for file in files if not file.endswith(".distcp")} == left
     resumed = assert_taken_up(setting, run, after=2)
     assert_good(resumed, 2, 4, 6)
     for name in unfinished:
@@ -102,8 +109,9 @@ def test_bad_steps_in_a_row_stop_the_run_with_finite_weights(setting, tmp_path):
 
 
 def test_a_checkpoint_is_never_written_over(setting, tmp_path):
-    before = snapshot(setting.whole.folder)
-    again = setting.run(setting.whole.folder, "resume=true")
+    whole = copy_of(setting.whole, tmp_path / "run", 2, 4, STEPS)
+    before = snapshot(whole.folder)
+    again = setting.run(whole.folder, "resume=true")
     assert again.job.returncode != 0
     assert "nothing is left to do" in again.job.stderr
-    assert snapshot(setting.whole.folder) == before
+    assert snapshot(whole.folder) == before

@@ -22,7 +22,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from launch import train
+from launch.stop_signals import StopSignals
 from parallel import checkpoint_saver
+from parallel.checkpoint_saver import CheckpointSaver
 from parallel.mesh import leave_job
 from ttt_dist.moshi.block import TTTMoshi
 
@@ -49,8 +51,35 @@ def at_call(holder: Any, name: str, call: int, act: Callable[[], None]) -> None:
 
 
 def in_step(act: Callable[[], None]) -> None:
-    """After forward and backward, before anything is agreed upon."""
-    at_call(train, "clip_gradients", STEP, act)
+    """After forward and backward, before anything is agreed upon, and with no save under way: what
+    stands then doesn't depend on how fast it was written."""
+    original = train.CheckpointSaver.__enter__
+
+    def enter(saver: CheckpointSaver) -> CheckpointSaver:
+        def wait_and_act() -> None:
+            saver.finish()
+            act()
+
+        at_call(train, "clip_gradients", STEP, wait_and_act)
+        return original(saver)
+
+    train.CheckpointSaver.__enter__ = enter
+
+
+def asked_to_stop(send: Callable[[], None]) -> None:
+    """A signal is sent in STEP, and that step doesn't end before this rank has noted it."""
+    original = train.StopSignals.__enter__
+
+    def enter(signals: StopSignals) -> StopSignals:
+        def act() -> None:
+            send()
+            while signals.received is None:
+                time.sleep(0.01)
+
+        in_step(act)
+        return original(signals)
+
+    train.StopSignals.__enter__ = enter
 
 
 def no_numbers(steps: int) -> None:
@@ -104,7 +133,10 @@ FAULTS: dict[str, Callable[[], None]] = {
     "bad steps": lambda: no_numbers(2),
     "damaged codes": lambda: in_step(damage_codes),
     "damaged codes, slow evaluation": damaged_codes_slow_evaluation,
-    "SIGTERM in a step": lambda: in_step(send_self(signal.SIGTERM)),
+    "SIGTERM": lambda: asked_to_stop(send_self(signal.SIGTERM)),
+    "SIGUSR1": lambda: asked_to_stop(send_self(signal.SIGUSR1)),
+    "SIGINT": lambda: asked_to_stop(send_self(signal.SIGINT)),
+    "SIGTERM to torchrun": lambda: asked_to_stop(lambda: os.kill(os.getppid(), signal.SIGTERM)),
 }
 
 
