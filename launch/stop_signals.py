@@ -6,21 +6,18 @@ SIGINT from the keyboard.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from launch.supervise import SAME_KEY_PRESS
+from launch.supervise import SAME_KEY_PRESS, signal_when_parent_dies
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ABORTED = 128 + signal.SIGINT  # the exit code that shells give a process ended by SIGINT
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class StopSignals:
@@ -63,7 +60,9 @@ class StopSignals:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, _leave_to_the_thread)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            _signal_when_parent_dies(signal.SIGTERM)
+            # A torchrun that is killed, or gets a signal that it doesn't handle, leaves its ranks
+            # behind.
+            signal_when_parent_dies(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,19 +107,3 @@ class StopSignals:
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
     """In place of the default action, which would end the process."""
-
-
-def _signal_when_parent_dies(number: signal.Signals) -> None:
-    """Have the kernel send `number` to this process when its parent ends; Linux alone can.
-
-    A torchrun that is killed, or gets a signal that it doesn't handle, leaves its ranks behind.
-    """
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
-    if os.getppid() != parent:  # it died just before
-        os.kill(os.getpid(), number)

@@ -65,7 +65,7 @@ def supervise(command: Sequence[str], *, grace: float) -> int:
             command,
             # A key press is for this process alone to pass on.
             start_new_session=True,
-            preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=lambda: signal_when_parent_dies(signal.SIGTERM),
         )
         deadline = _wait(launcher, arrived, grace)
         if launcher.returncode < 0 and descendants(os.getpid()):
@@ -208,10 +208,22 @@ def _parents() -> dict[int, int]:
     return parents
 
 
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Have the kernel send `number` to this process when its parent ends; Linux alone can."""
+    parent = os.getppid()
+    _prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it died just before
+        os.kill(os.getpid(), number)
+
+
 def _prctl(option: int, value: int) -> None:
-    """Set a property of this process; Linux alone has it."""
-    if sys.platform == "linux" and ctypes.CDLL(None).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(f"prctl({option}, {value}) failed")
+    """Set a property of this process; nothing but on Linux."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, int(value), 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}, {value}): {os.strerror(error)}")
 
 
 def main(arguments: Sequence[str]) -> int:
