@@ -49,20 +49,42 @@ class LanePlan:
     Attributes:
         num_lanes: recordings side by side, over all ranks.
         pieces_per_step: pieces of each that a step takes.
-        piece_frames: length of a piece, a multiple of `ttt.mini_batch_size`.
+        mini_batch_size: a piece is cut down to a multiple of it.
     """
 
     num_lanes: int
     pieces_per_step: int
-    piece_frames: int
+    mini_batch_size: int
 
-    def describe(self) -> str:
-        """One line."""
-        pieces = f"{self.pieces_per_step} piece{'' if self.pieces_per_step == 1 else 's'}"
-        return (
-            f"{pieces} of {self.piece_frames} frames ({self.piece_frames / FRAME_RATE:g} s) from "
-            f"each of {self.num_lanes} lanes; states go along recordings"
-        )
+    def piece_frames(self, duration_sec: float) -> int:
+        """Frames of a piece that is asked to last so long."""
+        return num_frames(duration_sec) // self.mini_batch_size * self.mini_batch_size
+
+
+def length_stages(config: TrainConfig) -> dict[int, float]:
+    """Lengths of a piece in seconds, by the step (counted from 0) that each begins with, in order.
+
+    A schedule of lengths is TTT-Video's way to long sequences (arXiv 2504.05298).
+    """
+    lengths = config.duration_sec
+    return dict(sorted(lengths.items())) if isinstance(lengths, dict) else {0: lengths}
+
+
+def describe_step(config: TrainConfig, plan: LanePlan | None) -> str:
+    """What a step takes, in one line."""
+    stages = length_stages(config)
+    if plan is not None:
+        stages = {step: plan.piece_frames(sec) / FRAME_RATE for step, sec in stages.items()}
+    first, *later = [f"{sec:g} s" for sec in stages.values()]
+    begins = list(stages)[1:]
+    lengths = [first, *(f"{s} from step {n + 1} on" for s, n in zip(later, begins, strict=True))]
+    if plan is None:
+        return f"{config.global_batch_size} pieces of {', '.join(lengths)}"
+    pieces = f"{plan.pieces_per_step} piece{'' if plan.pieces_per_step == 1 else 's'}"
+    return (
+        f"{pieces} of each of {plan.num_lanes} lanes, of {', '.join(lengths)}; states go along "
+        "recordings"
+    )
 
 
 def resolve_lanes(config: TrainConfig, dp: int) -> LanePlan | None:
@@ -93,16 +115,16 @@ def resolve_lanes(config: TrainConfig, dp: int) -> LanePlan | None:
             f"ttt.tbptt_pieces: found {config.ttt.tbptt_pieces}, allowed are divisors of the "
             f"{per_step} pieces that a step takes from each lane (num_microbatches)"
         )
-    frames, size = num_frames(config.duration_sec), config.ttt.mini_batch_size
-    if frames < size:
-        problems.append(
-            f"duration_sec: found {config.duration_sec:g}, {frames} frames; with "
-            f"ttt.persistent_states allowed is a mini-batch of {size} frames or more: "
-            f"{size / FRAME_RATE:g}"
-        )
+    size = config.ttt.mini_batch_size
+    for seconds in length_stages(config).values():
+        if (frames := num_frames(seconds)) < size:
+            problems.append(
+                f"duration_sec: found {seconds:g}, {frames} frames; with ttt.persistent_states "
+                f"allowed is a mini-batch of {size} frames or more: {size / FRAME_RATE:g}"
+            )
     if problems:
         raise UserError(problems)
-    return LanePlan(lanes, per_step, frames // size * size)
+    return LanePlan(lanes, per_step, size)
 
 
 def carries_states(config: TrainConfig) -> bool:

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from launch.batch_plan import carries_states
+from launch.batch_plan import carries_states, length_stages
 from launch.config import load_config, parse_command_line
 from launch.errors import UserError, exit_with
 from launch.schema import TrainConfig
@@ -50,7 +50,7 @@ class DataUse:
 
     Attributes:
         specs: specifications by the name to call them.
-        duration_sec: length of a piece.
+        duration_sec: length of a piece, the longest if they grow.
         lanes_a_rank: recordings that a rank follows side by side at least; None: it takes pieces.
     """
 
@@ -103,7 +103,7 @@ def find_data(arguments: argparse.Namespace) -> DataUse:
     named = {"data.train_data": config.data.train_data, "data.eval_data": config.data.eval_data}
     specs = {key: spec for key, spec in named.items() if spec or key == "data.train_data"}
     lanes = config.batch_size if carries_states(config) else None
-    return DataUse(specs, config.duration_sec, lanes)
+    return DataUse(specs, max(length_stages(config).values()), lanes)
 
 
 def check_data(use: DataUse, *, ranks: int, decode: bool) -> tuple[list[str], list[str], list[str]]:

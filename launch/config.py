@@ -71,7 +71,9 @@ def _validate(
                 if error["type"] == "missing":
                     data = yaml_input.merge(data, tuple(str(part) for part in error["loc"]), "")
                 else:
-                    data = _without(data, error["loc"])
+                    # Of a key with several forms, pydantic adds each form's name.
+                    names = path.split(".") if path in KEYS else error["loc"]
+                    data = _without(data, names)
 
 
 def _absolute(text: str) -> str:
@@ -175,6 +177,20 @@ def _float64_on_gpu(config: TrainConfig) -> str | None:
     )
 
 
+def _length_schedule(config: TrainConfig) -> str | None:
+    lengths = config.duration_sec
+    if not isinstance(lengths, dict):
+        return None
+    late = [step for step in lengths if step >= config.max_steps]
+    if 0 in lengths and not late:
+        return None
+    wrong = f"a length from step {late[0]} on" if late else "no length for the first steps"
+    return (
+        f"duration_sec: found {wrong} ({lengths}); allowed are steps done before a length begins, "
+        f"0 among them and all below max_steps ({config.max_steps}), such as {{0: 3, 200: 9}}"
+    )
+
+
 def _empty_shard(config: TrainConfig) -> str | None:
     if config.parallel.dp_shard != 0:
         return None
@@ -189,6 +205,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], str | None]], ...] 
     (("profile.start_step", "profile.num_steps", "max_steps"), _profile_range),
     (("param_dtype", "device"), _float64_on_gpu),
     (("parallel.dp_shard",), _empty_shard),
+    (("duration_sec", "max_steps"), _length_schedule),
 )
 
 

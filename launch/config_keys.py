@@ -43,6 +43,8 @@ def _allowed(entry: dict[str, Any]) -> str:
     if entry.get("type") == "array":
         items = entry["prefixItems"]
         return f"a list of {len(items)} items, each {_allowed(items[0])}"
+    if entry.get("type") == "object":
+        return f"a mapping from whole numbers to {_allowed(entry['additionalProperties'])} each"
     bounds = " and ".join(f"{sign} {entry[key]:g}" for key, sign in _BOUNDS.items() if key in entry)
     return f"{_KINDS[entry['type']]} {bounds}".rstrip()
 

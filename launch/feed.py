@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
-from moshi.models.loaders import CheckpointInfo
 from torch import Tensor
-from tqdm import tqdm
 
 from launch.batch_plan import LanePlan
 from launch.config import TrainConfig
 from launch.lanes import LanePieces, Lanes
-from launch.prepare import codes_spec, open_cache, read_splits
-from launch.setup import model_dtypes, say
+from launch.setup import model_dtypes
 from launch.step import Microbatches, SeparatePieces
 from parallel.carry import carry_tensors, empty_carry, lane_tensor, own_carry, own_lanes
 from parallel.mesh import Mesh
 from ttt_dist.data.batches import SampledStep, Step, StepBatches, eval_batches
-from ttt_dist.data.check import too_few_pieces, too_few_recordings
-from ttt_dist.data.dataset import GlobalOrder, PieceDataset, open_pieces
-from ttt_dist.data.encode import load_codec
+from ttt_dist.data.dataset import GlobalOrder, PieceDataset
 from ttt_dist.data.lanes import LaneBatches, LaneStep, recording_batches
-from ttt_dist.data.manifest import DataError, Recording, all_recordings
-from ttt_dist.data.recordings import RecordingDataset, open_recordings
+from ttt_dist.data.recordings import RecordingDataset
 from ttt_dist.moshi.block import TTTMoshi
 
 BEGIN_ANEW = "carry.begin_anew"
@@ -220,72 +213,7 @@ class RecordingFeed:
         return Lanes(carry, batch_size=self._config.batch_size, tbptt_pieces=tbptt_pieces)
 
 
-def open_feed(
-    config: TrainConfig,
-    plan: LanePlan | None,
-    release: CheckpointInfo,
-    mesh: Mesh,
-    device: torch.device,
-) -> Feed[Any]:
-    """The data of a run, encoded where the cache lacks it; along recordings where there is a plan.
-
-    All ranks call it together and encode a share each.
-
-    Raises:
-        DataError: it can't be encoded, or is too little for so many ranks.
-    """
-    splits = read_splits(config, check_files=False)  # preflight has looked at the files
-    if not config.do_eval:
-        splits.pop("eval", None)
-    cache = open_cache(config, splits, codes_spec(config, release))
-    recordings = [r for sources in splits.values() for r in all_recordings(sources)]
-    with tqdm(
-        total=len(recordings), desc="audio to codes", unit="file", disable=dist.get_rank() != 0
-    ) as bar:
-
-        def encoded(_: Recording, __: bool) -> None:
-            # This rank's, and meanwhile one of each other's; the last shares may be shorter.
-            bar.update(min(dist.get_world_size(), len(recordings) - bar.n))
-
-        encoding: dict[str, Any] = {
-            "codec": lambda: load_codec(release, cache.spec, device),
-            "rank": dist.get_rank(),
-            "world_size": dist.get_world_size(),
-            "agree": _problems_of_all_ranks,
-            "max_encode_sec": config.data.max_inline_encode_sec,
-            "progress": encoded,
-        }
-        if plan is None:
-            pieces = open_pieces(splits, cache, **encoding)
-        else:
-            whole = open_recordings(splits, cache, piece_frames=plan.piece_frames, **encoding)
-    feed: Feed[Any]
-    if plan is None:
-        # With one piece for two ranks a step would hold it twice.
-        few = too_few_pieces(
-            len(pieces["train"]), mesh.dp_size, config.duration_sec, "data.train_data"
-        )
-        feed = PieceFeed(config, pieces, mesh, device)
-    else:
-        few = too_few_recordings(whole["train"].num_recordings, plan.num_lanes, "data.train_data")
-        feed = RecordingFeed(config, plan, whole, mesh, device)
-    if few:
-        raise DataError(few)
-    for name, dataset in feed.sets.items():
-        count = f"{len(dataset)} pieces of {dataset.frames} frames"
-        if isinstance(dataset, RecordingDataset):
-            count = f"{dataset.num_recordings} recordings, {count}"
-        say(f"{name} data: {count}, codes: {cache.folder}")
-    return feed
-
-
 def _order(config: TrainConfig, train: PieceDataset | RecordingDataset) -> GlobalOrder:
     return GlobalOrder(
         train.source_sizes, train.weights, seed=config.seed, shuffle=config.data.shuffle
     )
-
-
-def _problems_of_all_ranks(problems: list[str]) -> list[str]:
-    gathered = [problems] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
-    return [problem for each in gathered for problem in each]

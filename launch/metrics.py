@@ -105,7 +105,6 @@ class MetricsLogger:
         max_steps: steps of the whole run.
         first_step: steps done already (a resumed run).
         world_size: ranks; throughput a GPU is over all of them.
-        flops_per_frame: forward and backward of one frame, of the whole model; None: no MFU.
         peak_flops: of one device (`peak_flops(device)`); None: no MFU.
         tensorboard: whether to write TensorBoard events.
         wandb: a started W&B run, or None.
@@ -119,7 +118,6 @@ class MetricsLogger:
         max_steps: int,
         world_size: int,
         first_step: int = 0,
-        flops_per_frame: float | None = None,
         peak_flops: float | None = None,
         tensorboard: bool = True,
         wandb: WandbLog | None = None,
@@ -127,7 +125,6 @@ class MetricsLogger:
     ) -> None:
         self._max_steps = max_steps
         self._world_size = world_size
-        self._flops_per_frame = flops_per_frame
         self._peak_flops = peak_flops
         self._wandb = wandb
         self._out = sys.stdout if out is None else out
@@ -142,13 +139,18 @@ class MetricsLogger:
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
-        self._frames = 0
+        self._frames, self._flops = 0, 0.0
         self._paused = 0.0
         self._since = time.perf_counter()
 
-    def after_step(self, frames: int) -> None:
-        """Count one optimizer step in which all ranks together trained on `frames` frames."""
+    def after_step(self, frames: int, flops_per_frame: float = 0.0) -> None:
+        """Count one optimizer step in which all ranks together trained on `frames` frames.
+
+        Args:
+            flops_per_frame: forward and backward of one frame, of the whole model; 0: no MFU.
+        """
         self._frames += frames
+        self._flops += frames * flops_per_frame
         self._bar.update()
 
     @contextmanager
@@ -189,13 +191,13 @@ class MetricsLogger:
             "lr": lr,
             "frames_per_sec": frames_per_sec,
             "frames_per_sec_per_gpu": frames_per_sec / self._world_size,
-            "mfu": self._mfu(frames_per_sec),
+            "mfu": self._mfu(seconds),
             "peak_memory_gib": peak_memory_gib,
             "seconds": seconds,
             "time": time.time(),
             **(extra or {}),
         }
-        self._frames, self._paused, self._since = 0, 0.0, now
+        self._frames, self._flops, self._paused, self._since = 0, 0.0, 0.0, now
         self._record(row, "train")
         self._say(
             f"step {step}/{self._max_steps} | loss {loss:.4f} | text {text_loss:.4f} | "
@@ -239,11 +241,11 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.close()
 
-    def _mfu(self, frames_per_sec: float) -> float | None:
+    def _mfu(self, seconds: float) -> float | None:
         """Model FLOPs utilisation in percent, after PaLM (arXiv 2204.02311), appendix B."""
-        if self._flops_per_frame is None or self._peak_flops is None:
+        if self._flops == 0.0 or self._peak_flops is None:
             return None
-        return 100 * self._flops_per_frame * frames_per_sec / (self._peak_flops * self._world_size)
+        return 100 * self._flops / seconds / (self._peak_flops * self._world_size)
 
     def _record(self, row: Mapping[str, Any], tag: str) -> None:
         self._rows.write(row)

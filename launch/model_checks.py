@@ -62,7 +62,7 @@ def model_problems(
     if not config.ttt.enable:
         return problems
     if config.ttt.persistent_states and "ttt.persistent_states" not in bad_keys:
-        problems += _unlimited_windows(config.ttt, lm_config)
+        problems += _carrying_problems(config.ttt, lm_config)
     if "ttt.layers" not in bad_keys:
         try:
             select_layers(config.ttt.layers, lm_config["num_layers"])
@@ -75,15 +75,28 @@ def model_problems(
     return problems
 
 
-def _unlimited_windows(section: TTTSection, lm_config: Mapping[str, Any]) -> list[str]:
-    """Attention without a window would carry a whole recording from piece to piece."""
+def _carrying_problems(section: TTTSection, lm_config: Mapping[str, Any]) -> list[str]:
+    """Why this model's attention can't go on from one piece to the next."""
+    key = "ttt.persistent_states: found true, but the release has"
+    problems = []
+    positions = lm_config.get("positional_embedding", "sin")
+    if positions not in ("rope", "none"):
+        problems.append(
+            f"{key} positional_embedding = {positions}, positions that begin again with each "
+            "piece; allowed: rope, none"
+        )
+    if lm_config.get("kv_repeat", 1) != 1:
+        problems.append(
+            f"{key} kv_repeat = {lm_config['kv_repeat']}, and such attention keeps no window of "
+            "earlier pieces yet; allowed: 1"
+        )
     if lm_config.get("context") is not None:
-        return []
+        return problems
     windows = {
         "ttt.ttt_layer_context": section.ttt_layer_context,
         "ttt.non_ttt_layer_context": section.non_ttt_layer_context,
     }
-    return [
+    return problems + [
         f"{key}: found null, and the release has no window either; with ttt.persistent_states "
         "allowed are frames from 1 on"
         for key, window in windows.items()

@@ -12,7 +12,12 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
 
-from launch.batch_plan import carries_states, resolve_global_batch_size, resolve_lanes
+from launch.batch_plan import (
+    carries_states,
+    length_stages,
+    resolve_global_batch_size,
+    resolve_lanes,
+)
 from launch.config import (
     TrainConfig,
     parse_command_line,
@@ -188,17 +193,19 @@ def check_run(
 def run_warnings(config: TrainConfig) -> list[str]:
     """What is allowed, but rarely meant."""
     warnings = []
-    frames, size = num_frames(config.duration_sec), config.ttt.mini_batch_size
-    window = config.ttt.ttt_layer_context
+    lengths = length_stages(config).values()
+    shortest, size = min(lengths), config.ttt.mini_batch_size
+    frames, window = num_frames(shortest), config.ttt.ttt_layer_context
     if carries_states(config):
-        if frames % size:
-            warnings.append(
-                f"duration_sec: {config.duration_sec:g} s are {frames} frames; pieces have "
-                f"{frames // size * size}, whole mini-batches of {size}"
-            )
+        warnings += [
+            f"duration_sec: {seconds:g} s are {num_frames(seconds)} frames; pieces have "
+            f"{num_frames(seconds) // size * size}, whole mini-batches of {size}"
+            for seconds in lengths
+            if num_frames(seconds) % size
+        ]
     elif config.ttt.enable and window is not None and frames <= window:
         warnings.append(
-            f"duration_sec: {config.duration_sec:g} s are {frames} frames, which the attention "
+            f"duration_sec: {shortest:g} s are {frames} frames, which the attention "
             f"window of TTT layers ({window}) covers: TTT has nothing to carry"
         )
     if config.ttt.enable and not carries_states(config) and frames <= size:

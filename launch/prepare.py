@@ -11,6 +11,7 @@ for another, so encoding may take hours, and a job that was ended goes on where 
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -21,7 +22,7 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from tqdm import tqdm
 
-from launch.batch_plan import carries_states
+from launch.batch_plan import carries_states, length_stages
 from launch.config import TrainConfig, load_config, parse_command_line
 from launch.errors import UserError, exit_with
 from ttt_dist.data.cache import CodesCache, CodesSpec
@@ -49,10 +50,14 @@ def read_splits(config: TrainConfig, *, check_files: bool) -> dict[str, tuple[So
     return splits
 
 
-def codes_spec(config: TrainConfig, release: CheckpointInfo) -> CodesSpec:
-    """What a configuration's codes are: pieces, or whole recordings where states are carried."""
-    seconds = None if carries_states(config) else config.duration_sec
-    return CodesSpec.from_release(release, duration_sec=seconds)
+def codes_specs(config: TrainConfig, release: CheckpointInfo) -> dict[int, CodesSpec]:
+    """What a configuration's codes are, by the step (from 0) that first takes them: pieces of each
+    length, or whole recordings where states are carried."""
+    lengths: dict[int, float | None] = {**length_stages(config)}
+    if carries_states(config):
+        lengths = dict.fromkeys(lengths)
+    made = {sec: CodesSpec.from_release(release, duration_sec=sec) for sec in {*lengths.values()}}
+    return {step: made[seconds] for step, seconds in lengths.items()}
 
 
 def open_cache(
@@ -64,7 +69,7 @@ def open_cache(
 
 
 def prepare(config: TrainConfig, *, rank: int, world_size: int, device: torch.device) -> str:
-    """Encode this rank's share; returns a line that says what was done.
+    """Encode this rank's share; returns what was done, a line for each length of pieces.
 
     Raises:
         DataError, ReleaseError: mistakes in the data or the base checkpoint.
@@ -72,29 +77,31 @@ def prepare(config: TrainConfig, *, rank: int, world_size: int, device: torch.de
     # Every rank looks at its own files anyway; one is enough for the check of all of them.
     splits = read_splits(config, check_files=rank == 0)
     info = open_release(**config.moshi_paths.model_dump())
-    spec = codes_spec(config, info)
-    cache = open_cache(config, splits, spec)
     recordings = [recording for sources in splits.values() for recording in all_recordings(sources)]
     share = share_of(recordings, rank, world_size)
-    with tqdm(
-        total=sum(round(recording.duration) for recording in share),
-        desc="encoding audio",
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} s [{elapsed}<{remaining}]",
-        disable=os.environ.get("LOCAL_RANK", "0") != "0",
-    ) as bar:
+    lines = []
+    for spec in dict.fromkeys(codes_specs(config, info).values()):
+        cache = open_cache(config, splits, spec)
+        with tqdm(
+            total=sum(round(recording.duration) for recording in share),
+            desc="encoding audio",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} s [{elapsed}<{remaining}]",
+            disable=os.environ.get("LOCAL_RANK", "0") != "0",
+        ) as bar:
 
-        def advance(recording: Recording, _encoded: bool) -> None:
-            bar.update(round(recording.duration))
+            def advance(recording: Recording, _encoded: bool, bar: tqdm = bar) -> None:
+                bar.update(round(recording.duration))
 
-        report = encode_missing(
-            recordings,
-            cache,
-            lambda: load_codec(info, spec, device),
-            rank=rank,
-            world_size=world_size,
-            progress=advance,
-        )
-    return _summary(report, cache, rank, world_size)
+            report = encode_missing(
+                recordings,
+                cache,
+                partial(load_codec, info, spec, device),
+                rank=rank,
+                world_size=world_size,
+                progress=advance,
+            )
+        lines.append(_summary(report, cache, rank, world_size))
+    return "\n".join(lines)
 
 
 def _summary(report: EncodeReport, cache: CodesCache, rank: int, world_size: int) -> str:

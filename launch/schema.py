@@ -219,8 +219,9 @@ class TrainConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32), _NUMBER] = 0
     """of initial values and of the data order"""
-    duration_sec: PositiveFloat = 10.0
-    """length of a piece, in seconds (12.5 frames each)"""
+    duration_sec: PositiveFloat | dict[CountInt, PositiveFloat] = 10.0
+    """length of a piece, in seconds (12.5 frames each); or lengths by the steps done before, such
+    as {0: 3, 200: 9, 400: 18}"""
     batch_size: PositiveInt = 1
     """pieces a rank takes in one forward pass"""
     num_microbatches: PositiveInt = 1

@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 import torch.distributed as dist
 
-from launch.batch_plan import resolve_global_batch_size, resolve_lanes
+from launch.batch_plan import describe_step, resolve_global_batch_size, resolve_lanes
 from launch.config import (
     describe_keys,
     parse_command_line,
@@ -33,17 +33,16 @@ from launch.config import (
     utc_timestamp,
 )
 from launch.errors import UserError, exit_with
-from launch.feed import open_feed
 from launch.make_demo_base import DemoBaseError, ensure_demo_base
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib
 from launch.optim import build_optimizers, build_schedule
 from launch.plots import plot_losses
 from launch.preflight import Start, check_start, run_warnings
 from launch.profiling import open_profiler
-from launch.run_checkpoints import order_facts
 from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
 from launch.sample_guard import SampleGuard, refuse_broken_evaluation
 from launch.setup import make_model, resume, say
+from launch.stages import open_feeds
 from launch.step import accumulate_gradients, evaluate
 from launch.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
 from launch.stop_signals import StopSignals
@@ -102,8 +101,7 @@ def train(start: Start) -> None:
         folder = create_run_folder(config, world_size=world_size, hosts=hosts)
     say(f"run folder: {folder.path}")
     say("mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
-    step_size = f"{global_batch_size} pieces of {config.duration_sec:g} s"
-    say(f"a step: {step_size if lanes is None else lanes.describe()}")
+    say(f"a step: {describe_step(config, lanes)}")
     for warning in run_warnings(config):
         say(f"warning: {warning}")
 
@@ -114,8 +112,8 @@ def train(start: Start) -> None:
     )
     with status, signals:
         # 3. Data: audio to codes where they are not cached; pieces, or recordings, in their order.
-        feed = open_feed(config, lanes, start.release, mesh, device)
-        train_set, eval_set = feed.sets["train"], feed.sets.get("eval")
+        feeds = open_feeds(config, lanes, start.release, mesh, device)
+        eval_set = feeds.last.sets.get("eval")
 
         # 4. Model: on the meta device, laid over the ranks, filled shard by shard.
         model = make_model(config, start.release, mesh, device)
@@ -129,14 +127,16 @@ def train(start: Start) -> None:
         optimizers = build_optimizers(model, config.optim, fused=device.type == "cuda")
         schedule = build_schedule(optimizers, config.optim, config.max_steps)
         counters: dict[str, float] = {}
-        feed.start(model)
+        feeds.start(model)
         if config.resume:
-            carried = feed.carried()
-            saved = resume(folder, model, optimizers, schedule, order_facts(train_set), carried)
+            carried = feeds.at(0).carried()  # of the same shapes at every step
+            saved = resume(folder, model, optimizers, schedule, feeds.facts, carried)
             if saved is not None:
                 status.step, counters = saved.step, saved.counters
-                feed.restore(carried)
+                feeds.at(saved.step).restore(carried)
         first_step = status.step
+        feed = feeds.at(first_step)
+        flops = {frames: flops_per_frame(model, frames) for frames in feeds.lengths}
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
         sample_guard = SampleGuard(config.data.max_bad_samples, counters)
 
@@ -148,7 +148,6 @@ def train(start: Start) -> None:
                 max_steps=config.max_steps,
                 world_size=world_size,
                 first_step=first_step,
-                flops_per_frame=flops_per_frame(model, train_set.frames),
                 peak_flops=peak_flops(device),
                 tensorboard=config.tensorboard,
                 wandb=start_wandb(config, folder.path),
@@ -162,7 +161,7 @@ def train(start: Start) -> None:
         def held_out_losses() -> dict[str, float]:
             assert eval_set is not None
             broken: dict[int, str] = {}
-            watched = watchdog.over(feed.held_out(broken), "a batch of the evaluation")
+            watched = watchdog.over(feeds.last.held_out(broken), "a batch of the evaluation")
             losses = evaluate(model, watched, loss_config, mesh, device)
             is_last = status.step == config.max_steps
             refuse_broken_evaluation(broken, eval_set, newest_checkpoint, is_last=is_last)
@@ -185,7 +184,7 @@ def train(start: Start) -> None:
                 scheduler_steps=int(schedule.state_dict()["last_epoch"]),
                 layout=mesh.shape,
                 counters=guard.counters | sample_guard.counters,
-                sources=order_facts(train_set),
+                sources=feeds.facts,
             )
             saver.save(model, optimizers, schedule, progress, feed.carried())
 
@@ -201,7 +200,7 @@ def train(start: Start) -> None:
                 timeout=timeout,
             ) as saver,
             Watchdog(later if on_gpu else config.timeout_sec, rank, status.failed) as watchdog,
-            feed.batches(first_step) as batches,
+            feeds.batches(first_step) as batches,
             open_profiler(config.profile, folder.profile, rank) as profiler,
         ):
             if eval_set is not None and first_step == 0:
@@ -209,7 +208,8 @@ def train(start: Start) -> None:
                     run_evaluation(0)
             for step in range(first_step + 1, config.max_steps + 1):
                 watchdog.beat(f"step {step}")
-                batch = next(batches)
+                feed, batch = next(batches)
+                train_set = feed.sets["train"]
                 left_out = sample_guard.leave_out(batch, train_set)
                 if sample_guard.must_stop:
                     # Nothing of this step is done; what was, is saved, unless it is already.
@@ -253,7 +253,8 @@ def train(start: Start) -> None:
                 status.step = step
                 profiler.step()
                 if logger is not None:
-                    logger.after_step(frames=global_batch_size * train_set.frames)
+                    frames = train_set.frames
+                    logger.after_step(global_batch_size * frames, flops_per_frame=flops[frames])
                     if is_due(step, config.log_freq) and not bad:
                         logger.log_step(
                             step,

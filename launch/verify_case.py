@@ -16,7 +16,7 @@ from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 
-from launch.batch_plan import resolve_global_batch_size
+from launch.batch_plan import length_stages, resolve_global_batch_size
 from launch.config import TrainConfig, parse_command_line, read_config
 from launch.errors import UserError
 from launch.make_demo_base import DEFAULT_OUT
@@ -158,7 +158,7 @@ def _unreachable(name: str, error: Exception) -> str:
 
 def shrink(config: TrainConfig, settings: dict[str, Any], dp_size: int) -> Case:
     """The small twin: every flag stays, widths, layers, vocabularies and lengths don't."""
-    frames = num_frames(config.duration_sec)
+    frames = num_frames(max(length_stages(config).values()))
     scaled = partial(_scaled_window, frames=frames)
     section = config.ttt
     ttt = section.model_copy(

@@ -17,7 +17,7 @@ from launch.preflight import (
 )
 
 TINY = {"dim": 128, "num_heads": 8, "num_layers": 4, "gating": "silu", "hidden_scale": 4.125}
-TINY |= {"n_q": 16, "dep_q": 8, "delays": [0] * 17}
+TINY |= {"positional_embedding": "rope", "n_q": 16, "dep_q": 8, "delays": [0] * 17}
 DEMO = REPO_ROOT / "configs" / "demo.yaml"
 
 
@@ -229,9 +229,23 @@ def test_states_are_not_carried_behind_windows_without_end(tmp_path: Path) -> No
     config = demo(tmp_path, "ttt.persistent_states=true", "ttt.non_ttt_layer_context=null")
     (problem,) = check(config)  # the release has none
     assert problem.startswith("ttt.non_ttt_layer_context: found null")
-    lm_config = TINY | {"context": 300}
-    assert check_run(config, world_size=2, lm_config=lm_config) == []
-    assert check(demo(tmp_path, "ttt.persistent_states=true")) == []
+    assert check_run(config, world_size=2, lm_config=TINY | {"context": 300}) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"positional_embedding": "sin"}, "positional_embedding = sin"),
+        ({"kv_repeat": 2}, "kv_repeat = 2"),
+    ],
+)
+def test_attention_that_cannot_go_on_is_refused(
+    tmp_path: Path, settings: dict[str, object], part: str
+) -> None:
+    config = demo(tmp_path, "ttt.persistent_states=true")
+    (problem,) = check_run(config, world_size=1, lm_config=TINY | settings)
+    assert problem.startswith("ttt.persistent_states: found true")
+    assert part in problem
 
 
 def test_ttt_section_reaches_the_layer_config(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_lanes_are_asked_for_where_states_are_carried(tmp_path):
         "batch_size: 2\nfull_finetuning: true\n"
     )
     arguments = [str(config), "duration_sec=0.25"]
-    for more, too_few in (([], False), (["ttt.persistent_states=true"], True)):
+    for more, too_few in (([], False), (["ttt.enable=true", "ttt.persistent_states=true"], True)):
         parsed = parse_arguments([*arguments, *more, "--ranks", "2"])
         problems, _, summary = check_data(find_data(parsed), ranks=parsed.ranks, decode=False)
         told = [problem for problem in problems if "holds 3 recordings for 4 lanes" in problem]

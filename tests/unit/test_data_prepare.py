@@ -12,7 +12,7 @@ from moshi.models.compression import MimiModel
 from safetensors.torch import save_file
 
 from launch.config import load_config
-from launch.prepare import codes_spec, open_cache, prepare, read_splits
+from launch.prepare import codes_specs, open_cache, prepare, read_splits
 from tests.unit.data_cases import small_mimi, small_mimi_config, small_tokenizer, write_dataset
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset
@@ -71,13 +71,13 @@ def test_ranks_prepare_their_shares_and_a_second_run_nothing(arguments, monkeypa
 
 def test_recordings_stay_whole_where_states_are_carried(arguments):
     pieces = load_config(None, arguments)
-    whole = load_config(None, [*arguments, "ttt.persistent_states=true"])
+    whole = load_config(None, [*arguments, "ttt.enable=true", "ttt.persistent_states=true"])
     lines = [prepare(config, rank=0, world_size=1, device=CPU) for config in (whole, pieces, whole)]
     assert lines[0].startswith("5 recordings, whole, 14 s of audio; encoded now: 5 (14 s), already")
     assert lines[1].startswith("5 recordings, 9 pieces, 14 s of audio; encoded now: 5 (14 s), alr")
     assert lines[2].startswith("5 recordings, whole, 14 s of audio; encoded now: 0 (0 s), already")
     splits = read_splits(whole, check_files=False)
-    spec = codes_spec(whole, open_release(**whole.moshi_paths.model_dump()))
+    (spec,) = codes_specs(whole, open_release(**whole.moshi_paths.model_dump())).values()
     recordings = RecordingDataset(splits["train"], open_cache(whole, splits, spec), 16)
     assert [recordings.frames_of(n) for n in range(4)] == [63, 38, 25, 13]
 
@@ -125,3 +125,11 @@ def _with_empty_config(folder: Path) -> list[str]:
     path = folder / "config.yaml"
     path.write_text("seed: 0\n")
     return [str(path)]
+
+
+def test_pieces_of_every_length_are_prepared(arguments):
+    config = load_config(None, [*arguments, "duration_sec={0: 2, 5: 4, 9: 2}", "max_steps=10"])
+    lines = prepare(config, rank=0, world_size=1, device=CPU).splitlines()
+    assert [line.split(",")[1] for line in lines] == [" 9 pieces", " 6 pieces"]
+    specs = codes_specs(config, open_release(**config.moshi_paths.model_dump()))
+    assert {step: spec.duration_sec for step, spec in specs.items()} == {0: 2.0, 5: 4.0, 9: 2.0}

@@ -99,9 +99,10 @@ def plan_of(*settings, dp=2):
 
 def test_pieces_are_whole_mini_batches():
     """10 s are 125 frames."""
-    assert plan_of("batch_size=2", "duration_sec=10") == LanePlan(4, 1, 112)
-    assert plan_of("batch_size=1", "num_microbatches=3") == LanePlan(2, 3, 112)
-    assert plan_of("num_lanes=6", "global_batch_size=12") == LanePlan(6, 2, 112)
+    assert plan_of("batch_size=2") == LanePlan(4, 1, 16)
+    assert plan_of("batch_size=1", "num_microbatches=3") == LanePlan(2, 3, 16)
+    assert plan_of("num_lanes=6", "global_batch_size=12") == LanePlan(6, 2, 16)
+    assert plan_of().piece_frames(10.0) == 112
     assert plan_of("ttt.persistent_states=false") is None
 
 

@@ -77,13 +77,12 @@ def test_throughput_counts_frames_over_training_time(
         RunFolder(tmp_path),
         max_steps=20,
         world_size=4,
-        flops_per_frame=3e9,
         peak_flops=1e12,
         tensorboard=False,
         out=io.StringIO(),
     )
     for _ in range(2):
-        logger.after_step(frames=1000)
+        logger.after_step(frames=1000, flops_per_frame=3e9)
         clock[0] += 1.0
     with logger.pause():
         clock[0] += 50.0
