@@ -34,11 +34,14 @@ _CONTEXT_SEC = 1
 class StereoFile:
     """A stereo recording, read piece by piece.
 
+    Args:
+        may_be_mono: take a mono file too, as the left channel beside a silent one.
+
     Raises:
-        DataError: the file is unreadable, or not stereo.
+        DataError: the file is unreadable, or has another number of channels.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, may_be_mono: bool = False) -> None:
         self.path = path
         try:
             self._reader = sphn.FileReader(str(path))
@@ -50,8 +53,9 @@ class StereoFile:
                 self.duration = self._samples.shape[-1] / self.sample_rate
         except (ValueError, OSError, RuntimeError) as error:
             raise DataError([f"{path}: cannot be read as audio: {error}"]) from error
-        if channels != 2:
-            raise DataError([f"{path}: found {channels} channel(s), allowed is stereo"])
+        if channels not in ((1, 2) if may_be_mono else (2,)):
+            allowed = "stereo or mono" if may_be_mono else "stereo"
+            raise DataError([f"{path}: found {channels} channel(s), allowed is {allowed}"])
 
     def read(self, start_sec: float, duration_sec: float) -> np.ndarray:
         """Samples of `[start_sec, start_sec + duration_sec)` at 24 kHz, float32 `[2, n]`.
@@ -75,6 +79,8 @@ class StereoFile:
             raise DataError(
                 [f"{self.path}: ends at {end:.2f} s, its header says {self.duration:.2f} s"]
             )
+        if native.shape[0] == 1:
+            native = np.concatenate([native, np.zeros_like(native)])
         if self.sample_rate == SAMPLE_RATE or native.shape[1] == 0:
             return native
         wanted = native.shape[1] * SAMPLE_RATE // self.sample_rate

@@ -30,6 +30,7 @@ from ttt_dist.data.manifest import DataError, Recording
 
 FORMAT_VERSION = 1
 _HASH_THREADS = 8
+_NO_ALIGNMENTS = "none"  # in place of their hash, where a recording has none
 
 logger = logging.getLogger(__name__)
 
@@ -162,14 +163,17 @@ class CodesCache:
 
     def key(self, recording: Recording) -> str:
         """Name of the recording's codes; raises DataError where a file cannot be read."""
-        return self._combine(
-            self._content_hash(recording.path), self._content_hash(recording.alignments_path)
-        )
+        audio = self._content_hash(recording.path)
+        if not recording.has_text:
+            return self._combine(audio, _NO_ALIGNMENTS)
+        return self._combine(audio, self._content_hash(recording.alignments_path))
 
     def known_key(self, recording: Recording) -> str | None:
         """As `key`, or None where a file's content would have to be hashed first."""
         audio = self._remembered_hash(recording.path)
-        alignments = self._remembered_hash(recording.alignments_path)
+        alignments: str | None = _NO_ALIGNMENTS
+        if recording.has_text:
+            alignments = self._remembered_hash(recording.alignments_path)
         return None if audio is None or alignments is None else self._combine(audio, alignments)
 
     def path(self, key: str) -> Path:

@@ -202,12 +202,15 @@ class GlobalOrder:
 def default_cache_folder(sources: Sequence[Source]) -> Path:
     """Where codes go when `data.cache_dir` is not set.
 
-    `.cache/codes` beside the first manifest, where that folder can be written; else
-    `ttt-dist/codes` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+    `.cache/codes` beside the first manifest (in the folder that was named, where there is none),
+    where that can be written; else `ttt-dist/codes` in the user's cache folder (XDG_CACHE_HOME or
+    ~/.cache).
     """
     for recording in all_recordings(sources)[:1]:
-        if os.access(recording.manifest.parent, os.W_OK):
-            return recording.manifest.parent / ".cache" / "codes"
+        named = recording.manifest
+        folder = named if named.is_dir() else named.parent
+        if os.access(folder, os.W_OK):
+            return folder / ".cache" / "codes"
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user_cache) / "ttt-dist" / "codes"
 

@@ -204,6 +204,9 @@ def encode_missing(
             if progress is not None:
                 progress(recording, False)
             continue
+        if not recording.has_text:
+            words[index] = []
+            continue
         try:
             words[index] = parse_alignments(
                 recording.alignments_path.read_bytes(), recording.alignments_path
@@ -275,7 +278,8 @@ def _encode_whole(
     recording: Recording, words: Sequence[Word], codec: Codec, spec: CodesSpec
 ) -> torch.Tensor:
     """`[R, F]`; what is said and heard runs on without borders."""
-    audio = encode_blocks(codec.mimi, StereoFile(recording.path).blocks())
+    file = StereoFile(recording.path, may_be_mono=recording.may_be_mono)
+    audio = encode_blocks(codec.mimi, file.blocks())
     text = _text(piece_words(words, 0.0, math.inf), audio.shape[1], codec, spec)
     return torch.cat([text[None], audio])
 
@@ -303,7 +307,8 @@ def _encode_pieces(
         encoded.append(torch.cat([text, audio], dim=1))
         batch.clear()
 
-    for piece in StereoFile(recording.path).pieces(duration_sec):
+    file = StereoFile(recording.path, may_be_mono=recording.may_be_mono)
+    for piece in file.pieces(duration_sec):
         batch.append(piece)
         if len(batch) == batch_size:
             flush()

@@ -57,6 +57,9 @@ class Recording:
         duration: seconds, as the manifest says (used for estimates; pieces are cut from the audio).
         alignments_path: the `.json` beside the audio; of codes, there is none.
         manifest, line: where it was named, for messages; lines count from 1.
+        may_be_mono: take a mono file too, as Moshi's channel beside a silent user; not in training.
+        has_text: False: there are no alignments, and the text is padding throughout; not in
+            training.
     """
 
     path: Path
@@ -64,6 +67,8 @@ class Recording:
     alignments_path: Path
     manifest: Path
     line: int
+    may_be_mono: bool = False
+    has_text: bool = True
 
     @property
     def where(self) -> str:
@@ -286,7 +291,7 @@ def check_recording(recording: Recording) -> list[str]:
     if recording.is_codes:
         return [f"{recording.where}: {problem}" for problem in _check_codes(recording)]
     problems = _check_audio(recording)
-    if not os.path.isfile(recording.alignments_path):
+    if recording.has_text and not os.path.isfile(recording.alignments_path):
         problems.append(
             f"there is no alignment file {recording.alignments_path} beside the audio; it "
             'must hold {"alignments": [[word, [start, end], speaker], ...]}'
@@ -301,10 +306,10 @@ def _check_audio(recording: Recording) -> list[str]:
     except DataError as error:
         return list(error.problems)
     problems = []
-    if header.channels != 2:
+    if header.channels not in ((1, 2) if recording.may_be_mono else (2,)):
         problems.append(
             f"{path} has {header.channels} channel{'' if header.channels == 1 else 's'}, allowed "
-            "is stereo: left Moshi, right the user"
+            f"is stereo{' or mono' * recording.may_be_mono}: left Moshi, right the user"
         )
     return problems + _check_duration(recording, header.seconds)
 

@@ -80,6 +80,10 @@ class RecordingDataset:
         recording = int(np.searchsorted(self._ends, index, side="right"))
         return recording, index - self.index(recording, 0)
 
+    def has_text(self, recording: int) -> bool:
+        """Whether its text says what is spoken; otherwise it is padding, for want of alignments."""
+        return self._recordings[recording].has_text
+
     def path(self, recording: int) -> str:
         """The recording's file, for messages."""
         return str(self._recordings[recording].path)
