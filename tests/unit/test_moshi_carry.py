@@ -13,7 +13,7 @@ from tests.unit.moshi_cases import active_hybrid_model, set_windows
 from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import without_ttt
-from ttt_dist.moshi.carry import LayerPassage
+from ttt_dist.moshi.carry import Carry, LayerCarry, LayerPassage
 
 # Moshi's norms and its rope compute in float32 whatever the model's dtype, and rope's angles are
 # those of other places at the same distance: sums of float32 roundings, 5e-7 as measured.
@@ -177,6 +177,31 @@ def test_without_ttt_the_inner_weights_are_handed_on_untouched(model):
         text, _, carry = pass_pieces(model, steps)
     assert (text - whole[0]).abs().max() < TOLERANCE
     assert not any(t.any() for part in carry.layers for t in part.inner or ())
+
+
+def test_inner_weights_may_begin_anew_while_attention_goes_on(model):
+    """As if the piece before had left the learned weights, beside its own window."""
+    steps = model.steps(random_codes(2, PIECE * PIECES))
+    _, _, carry = pass_pieces(model, steps, tbptt=1)
+    learned = []
+    for layer, part in zip(model.transformer.layers, carry.layers, strict=True):
+        inner = part.inner
+        if layer.ttt is not None:
+            inner = tuple(p.expand(2, *p.shape) for p in layer.ttt.layer.inner_parameters())
+        learned.append(LayerCarry(part.window, inner))
+    part, none = steps[:, :, -PIECE - 1 :], torch.tensor([False, False])
+
+    def losses(carry, *begins):
+        with torch.no_grad(), model.passing(carry, *begins):
+            return model.step_losses(part)[0]
+
+    found = losses(carry, none, torch.tensor([True, False]))
+    expected, carried = losses(Carry(tuple(learned)), none), losses(carry, none)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], carried[1])
+    assert (found[0] - carried[0]).abs().max() > 100 * TOLERANCE
+    windowless = losses(carry, torch.tensor([True, False]))
+    assert (found[0] - windowless[0]).abs().max() > 100 * TOLERANCE
 
 
 def test_a_passage_ends_with_its_forward(model):

@@ -156,7 +156,7 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
             y = None
             if inner is not None and not self.skip_ttt:
                 start = InnerState.at_border(inner)
-                y, state = self.ttt.layer(x, start, begins=passage.begins)
+                y, state = self.ttt.layer(x, start, begins=passage.inner_begins)
                 inner = state.weights
             x = self._gate_and_feed(x, y)
         assert window is not None  # one was given
@@ -242,7 +242,9 @@ class TTTMoshi(ShardableLayout, LMModel):
         return text, self.frames.all(audio, dim=2, frames=targets.shape[2])
 
     @contextmanager
-    def passing(self, carry: Carry, begins: Tensor) -> Iterator[Passage]:
+    def passing(
+        self, carry: Carry, begins: Tensor, inner_begins: Tensor | None = None
+    ) -> Iterator[Passage]:
         """Inside, one forward takes a piece of recordings, a lane each, that goes on from `carry`.
 
         What the piece leaves is the passage's `carry`, in the graph. (No argument of the forward:
@@ -251,8 +253,10 @@ class TTTMoshi(ShardableLayout, LMModel):
         Args:
             carry: what the piece before left, of as many lanes.
             begins: bool `[B]`, lanes whose recording begins here, whatever `carry` has for them.
+            inner_begins: bool `[B]`, lanes whose TTT layers begin with their learned weights, while
+                attention goes on; None: those of `begins`.
         """
-        passage = Passage(carry, begins)
+        passage = Passage(carry, begins, inner_begins)
         layers = list(self.transformer.layers)
         for layer, part in zip(layers, passage.layers, strict=True):
             layer.passage = part

@@ -89,11 +89,14 @@ class LayerPassage:
 
     Attributes:
         begins: bool `[B]`, lanes whose recording begins with this piece: what they carry is left.
+        inner_begins: bool `[B]`, lanes whose inner weights begin as learned; `begins`, unless an
+            evaluation asks what they are worth from piece to piece.
         before: what the piece before left; zeros will do where all lanes begin.
         after: what this piece leaves, once the layer's forward is done.
     """
 
     begins: Tensor
+    inner_begins: Tensor
     before: LayerCarry
     after: LayerCarry | None = None
 
@@ -106,8 +109,9 @@ class LayerPassage:
 class Passage:
     """One piece of every lane on its way through the layers; see `TTTMoshi.passing`."""
 
-    def __init__(self, carry: Carry, begins: Tensor) -> None:
-        self.layers = [LayerPassage(begins, layer) for layer in carry.layers]
+    def __init__(self, carry: Carry, begins: Tensor, inner_begins: Tensor | None) -> None:
+        inner = begins if inner_begins is None else inner_begins
+        self.layers = [LayerPassage(begins, inner, layer) for layer in carry.layers]
 
     @property
     def carry(self) -> Carry:
