@@ -26,12 +26,10 @@ from launch.release_settings import read_ttt_section
 from launch.run_checkpoints import choose_checkpoint, undamaged
 from launch.setup import attention_windows, model_dtypes, ttt_placement
 from launch.unbuilt import refuse_unbuilt
-from parallel.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    load_weights,
-)
+from parallel.checkpoint import CheckpointError, list_checkpoints, load_weights
 from parallel.device import device_type, local_device
+from parallel.mesh import Mesh
+from parallel.parallelize import ParallelPlan, parallelize
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.encode import Codec, load_codec
 from ttt_dist.data.manifest import DataError
@@ -106,8 +104,13 @@ class Talker:
         return fingerprint(self.model.state_dict())
 
 
-def find_checkpoint(folder: Path, step: int | None) -> tuple[Path, Path | None]:
+def find_checkpoint(
+    folder: Path, step: int | None, *, read: bool = True
+) -> tuple[Path, Path | None]:
     """The run folder and its checkpoint, or a release folder and None, that a person names.
+
+    Args:
+        read: as `run_checkpoints.undamaged` has it.
 
     Raises:
         UserError: `folder` is none of these, or has no such step.
@@ -128,8 +131,8 @@ def find_checkpoint(folder: Path, step: int | None) -> tuple[Path, Path | None]:
     if chosen is not None:
         if step is not None:
             raise UserError(f"--step: found {step}, but CHECKPOINT names {chosen.name} already")
-        return run, undamaged(chosen, named="CHECKPOINT")
-    return run, choose_checkpoint(run, step, named="CHECKPOINT")
+        return run, undamaged(chosen, named="CHECKPOINT", read=read)
+    return run, choose_checkpoint(run, step, named="CHECKPOINT", read=read)
 
 
 def open_source(folder: Path, checkpoint: Path | None, device: torch.device) -> ModelSource:
@@ -139,52 +142,63 @@ def open_source(folder: Path, checkpoint: Path | None, device: torch.device) -> 
         UserError, ReleaseError: what a person has to mend.
     """
     if checkpoint is None:
-        release = open_release(str(folder))
-        problems = _talking_problems(release)
-        if problems:
-            raise UserError(problems)
-        ttt, windows = read_ttt_section(released_ttt(release), lm_settings(release.lm_config))
-        lora, merged = None, released_adapters(release)
-        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    else:
-        config = _run_config(folder)
-        release = open_release(**config.moshi_paths.model_dump())
-        problems = refuse_unbuilt(config) + _talking_problems(release)
-        if config.ttt.enable and not config.ttt.causal:
-            problems.append(
-                f"{folder / 'config.yaml'}: ttt.causal: found false; a model that looks ahead "
-                "can't stream; allowed: true"
-            )
-        if problems:
-            raise UserError(problems)
-        ttt, windows = ttt_placement(config, release.lm_config), attention_windows(config)
-        lora, merged = lora_settings(config), None
-        compute = model_dtypes(config, device)[1]
-    return ModelSource(release, checkpoint, merged, ttt, windows, lora, compute, device)
+        return release_source(open_release(str(folder)), device)
+    config = run_config(folder)
+    release = open_release(**config.moshi_paths.model_dump())
+    problems = refuse_unbuilt(config) + _talking_problems(release)
+    if config.ttt.enable and not config.ttt.causal:
+        problems.append(
+            f"{folder / 'config.yaml'}: ttt.causal: found false; a model that looks ahead "
+            "can't stream; allowed: true"
+        )
+    if problems:
+        raise UserError(problems)
+    ttt, windows = ttt_placement(config, release.lm_config), attention_windows(config)
+    compute = model_dtypes(config, device)[1]
+    adapters = lora_settings(config)
+    return ModelSource(release, checkpoint, None, ttt, windows, adapters, compute, device)
 
 
-def load_model(source: ModelSource) -> TTTMoshi:
-    """The model in eval mode, whole on its device, in the dtypes that training computes in.
+def release_source(release: CheckpointInfo, device: torch.device) -> ModelSource:
+    """What a release says of itself; UserError where it can't be built, or can't talk."""
+    problems = _talking_problems(release)
+    if problems:
+        raise UserError(problems)
+    ttt, windows = read_ttt_section(released_ttt(release), lm_settings(release.lm_config))
+    merged = released_adapters(release)
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return ModelSource(release, None, merged, ttt, windows, None, compute, device)
+
+
+def load_model(source: ModelSource, mesh: Mesh | None = None) -> TTTMoshi:
+    """The model in eval mode, in the dtypes that training computes in.
+
+    Args:
+        mesh: lay it over these ranks, which call it together; None: it is whole on its device.
 
     Raises:
         CheckpointError, ReleaseError: the weights are damaged or aren't this model's.
     """
     master = torch.promote_types(source.compute, torch.float32)
     model = build_model(source.release.lm_config, source.ttt, source.lora, dtype=master)
+    model.eval().requires_grad_(False)
     set_attention_contexts(model, **source.windows)
     for name, parameter in model.named_parameters():
         # As FSDP2 gathers them: TTT layers in their master dtype, all else for computing.
         if ".ttt.layer." not in name:
             parameter.data = parameter.data.to(source.compute)
+    if mesh is not None:
+        plan = ParallelPlan(source.compute, reduce_dtype=master, recompute="none")
+        parallelize(model, mesh, plan)
     model.to_empty(device=source.device)
     if source.checkpoint is not None:
-        load_weights(source.checkpoint, model)
+        load_weights(source.checkpoint, model, alone=mesh is None)
     else:
         loaded = load_base_weights(model, Path(source.release.moshi_weights), source.merged)
         wanted = {name for name, _ in model.named_parameters() if is_ttt_parameter(name)}
         if not wanted <= loaded:
             raise RuntimeError(f"never loaded: {', '.join(sorted(wanted - loaded))}")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def load_talker(source: ModelSource) -> Talker:
@@ -275,17 +289,18 @@ def chosen_device(name: str) -> torch.device:
 
 
 @contextmanager
-def telling_mistakes() -> Iterator[None]:
+def telling_mistakes(title: str = TITLE) -> Iterator[None]:
     """End the process with exit code 2 and one message where a person has to mend something."""
     try:
         yield
     except (UserError, DataError) as error:
-        exit_with(UserError(error.problems, title=TITLE))
+        exit_with(UserError(error.problems, title=title))
     except (ReleaseError, CheckpointError) as error:
-        exit_with(UserError(str(error), title=TITLE))
+        exit_with(UserError(str(error), title=title))
 
 
-def _run_config(folder: Path) -> TrainConfig:
+def run_config(folder: Path) -> TrainConfig:
+    """The configuration that a run wrote; UserError names its file."""
     path = folder / "config.yaml"
     try:
         return load_config(path)

@@ -58,7 +58,7 @@ def model_problems(
     if absent := absent_settings(lm_config):
         return problems + absent
     if "parallel.tp" not in bad_keys:
-        problems += _splitting_problems(lm_config, config.parallel.tp)
+        problems += splitting_problems(lm_config, config.parallel.tp, named="parallel.tp")
     if not config.ttt.enable:
         return problems
     if config.ttt.persistent_states and "ttt.persistent_states" not in bad_keys:
@@ -77,19 +77,7 @@ def model_problems(
 
 def _carrying_problems(section: TTTSection, lm_config: Mapping[str, Any]) -> list[str]:
     """Why this model's attention can't go on from one piece to the next."""
-    key = "ttt.persistent_states: found true, but the release has"
-    problems = []
-    positions = lm_config.get("positional_embedding", "sin")
-    if positions not in ("rope", "none"):
-        problems.append(
-            f"{key} positional_embedding = {positions}, positions that begin again with each "
-            "piece; allowed: rope, none"
-        )
-    if lm_config.get("kv_repeat", 1) != 1:
-        problems.append(
-            f"{key} kv_repeat = {lm_config['kv_repeat']}, and such attention keeps no window of "
-            "earlier pieces yet; allowed: 1"
-        )
+    problems = piecewise_problems(lm_config, named="ttt.persistent_states: found true, but")
     if lm_config.get("context") is not None:
         return problems
     windows = {
@@ -104,26 +92,47 @@ def _carrying_problems(section: TTTSection, lm_config: Mapping[str, Any]) -> lis
     ]
 
 
-def _splitting_problems(lm_config: Mapping[str, Any], tp: int) -> list[str]:
-    """Why tp can't split this model's heads and feed-forward features."""
+def piecewise_problems(lm_config: Mapping[str, Any], *, named: str) -> list[str]:
+    """Why attention, however long its windows, can't go on from one piece to the next.
+
+    Args:
+        named: how messages begin: what asks for it.
+    """
+    problems = []
+    positions = lm_config.get("positional_embedding", "sin")
+    if positions not in ("rope", "none"):
+        problems.append(
+            f"{named} the release has positional_embedding = {positions}, positions that begin "
+            "again with each piece; allowed: rope, none"
+        )
+    if lm_config.get("kv_repeat", 1) != 1:
+        problems.append(
+            f"{named} the release has kv_repeat = {lm_config['kv_repeat']}, and such attention "
+            "keeps no window of earlier pieces yet; allowed: 1"
+        )
+    return problems
+
+
+def splitting_problems(lm_config: Mapping[str, Any], tp: int, *, named: str) -> list[str]:
+    """Why tp, which a person calls `named`, can't split a model's heads and features."""
     if tp == 1:
         return []
     heads = lm_config["num_heads"]
     if heads % tp != 0:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         return [
-            f"parallel.tp: found {tp}, which doesn't divide the model's {heads} heads; "
+            f"{named}: found {tp}, which doesn't divide the model's {heads} heads; "
             f"allowed: {', '.join(map(str, divisors))}"
         ]
     problems = []
     if lm_config.get("kv_repeat", 1) != 1:
         problems.append(
-            f"parallel.tp: found {tp}, but the release has kv_repeat = "
+            f"{named}: found {tp}, but the release has kv_repeat = "
             f"{lm_config['kv_repeat']}, and such attention isn't split over ranks yet; allowed: 1"
         )
     if lm_config.get("gating", "none") == "none":
         problems.append(
-            f"parallel.tp: found {tp}, but the release's feed-forward has no gating, and such a "
+            f"{named}: found {tp}, but the release's feed-forward has no gating, and such a "
             "one isn't split over ranks yet; allowed: 1"
         )
     width = int(lm_config.get("hidden_scale", 4) * lm_config["dim"])
@@ -131,7 +140,7 @@ def _splitting_problems(lm_config: Mapping[str, Any], tp: int) -> list[str]:
     features = 21 * lm_config["dim"] // 8 if width == 4 * lm_config["dim"] else 2 * width // 3
     if features % tp:
         problems.append(
-            f"parallel.tp: found {tp}, which doesn't divide the {features} features of the model's "
+            f"{named}: found {tp}, which doesn't divide the {features} features of the model's "
             "feed-forward; allowed are divisors of heads and features"
         )
     return problems

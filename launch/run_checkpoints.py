@@ -14,12 +14,13 @@ from ttt_dist.data.dataset import PieceDataset
 from ttt_dist.data.recordings import RecordingDataset
 
 
-def choose_checkpoint(run: Path, step: int | None, *, named: str) -> Path:
-    """The checkpoint after `step`, or the newest. All its files are read: they are as saved.
+def choose_checkpoint(run: Path, step: int | None, *, named: str, read: bool = True) -> Path:
+    """The checkpoint after `step`, or the newest.
 
     Args:
         run: the run's folder.
         named: what the command calls it, for messages.
+        read: as `undamaged` has it.
 
     Raises:
         UserError: there is none, or none of this step, or it is damaged.
@@ -35,12 +36,17 @@ def choose_checkpoint(run: Path, step: int | None, *, named: str) -> Path:
             f"--step: found {step}, allowed: {', '.join(map(str, found))}, which {folder} has; "
             "leave it out for the newest"
         )
-    return undamaged(found[max(found) if step is None else step], named=named)
+    return undamaged(found[max(found) if step is None else step], named=named, read=read)
 
 
-def undamaged(checkpoint: Path, *, named: str) -> Path:
-    """The checkpoint itself; raises UserError where a file isn't what was saved."""
-    problems = content_problems(checkpoint, alone=True)
+def undamaged(checkpoint: Path, *, named: str, read: bool = True) -> Path:
+    """The checkpoint itself; raises UserError where a file isn't what was saved.
+
+    Args:
+        read: all its files are read and hashed; otherwise names and sizes alone tell, and ranks can
+            share the rest (`content_problems`).
+    """
+    problems = content_problems(checkpoint, alone=True) if read else structure_problems(checkpoint)
     if problems:
         raise UserError(
             f"{named}: {checkpoint} is damaged: {'; '.join(problems)}; name another one"

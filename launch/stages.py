@@ -8,12 +8,11 @@ from itertools import islice, pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from moshi.models.loaders import CheckpointInfo
-from tqdm import tqdm
 
 from launch.batch_plan import LanePlan, length_stages
 from launch.config import TrainConfig
+from launch.encoding import encoding_over_ranks
 from launch.feed import Feed, PieceFeed, RecordingFeed
 from launch.prepare import codes_specs, open_cache, read_splits
 from launch.run_checkpoints import order_facts
@@ -23,8 +22,7 @@ from ttt_dist.data.batches import SampledStep
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.check import too_few_pieces, too_few_recordings
 from ttt_dist.data.dataset import PieceDataset, open_pieces
-from ttt_dist.data.encode import load_codec
-from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings
+from ttt_dist.data.manifest import DataError, Source, all_recordings
 from ttt_dist.data.recordings import RecordingDataset, open_recordings
 from ttt_dist.moshi.block import TTTMoshi
 
@@ -117,23 +115,9 @@ def _open_feed(
 ) -> Feed[Any]:
     cache = open_cache(config, splits, spec)
     recordings = [r for sources in splits.values() for r in all_recordings(sources)]
-    with tqdm(
-        total=len(recordings), desc="audio to codes", unit="file", disable=dist.get_rank() != 0
-    ) as bar:
-
-        def encoded(_: Recording, __: bool) -> None:
-            # This rank's, and meanwhile one of each other's; the last shares may be shorter.
-            bar.update(min(dist.get_world_size(), len(recordings) - bar.n))
-
-        encoding: dict[str, Any] = {
-            "codec": lambda: load_codec(release, cache.spec, device),
-            "rank": dist.get_rank(),
-            "world_size": dist.get_world_size(),
-            "agree": _problems_of_all_ranks,
-            "max_encode_sec": config.data.max_inline_encode_sec,
-            "progress": encoded,
-        }
-        feed: Feed[Any]
+    longest = config.data.max_inline_encode_sec
+    feed: Feed[Any]
+    with encoding_over_ranks(recordings, release, spec, device, longest) as encoding:
         if plan is None:
             pieces = open_pieces(splits, cache, **encoding)
             count = len(pieces["train"])
@@ -158,9 +142,3 @@ def _describe(dataset: PieceDataset | RecordingDataset) -> str:
     if isinstance(dataset, RecordingDataset):
         return f"{dataset.num_recordings} recordings, {pieces}"
     return pieces
-
-
-def _problems_of_all_ranks(problems: list[str]) -> list[str]:
-    gathered = [problems] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
-    return [problem for each in gathered for problem in each]

@@ -109,12 +109,13 @@ def load_checkpoint(
     return progress
 
 
-def load_weights(path: Path, model: nn.Module) -> Progress:
-    """Put a checkpoint's weights alone into a whole model, in one process without a process group.
+def load_weights(path: Path, model: nn.Module, *, alone: bool = True) -> Progress:
+    """Put a checkpoint's weights alone into a model, without what its training needs to go on.
 
     Args:
         path: saved on any number of ranks.
         model: built and materialised; values are cast to its parameters' dtypes.
+        alone: it is whole, in this process; otherwise sharded, and all ranks call it together.
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors do not fit the model.
@@ -123,7 +124,7 @@ def load_weights(path: Path, model: nn.Module) -> Progress:
     tensors = _model_tensors(model)
     reader = CheckpointReader(path)
     _refuse_others(path, reader, tensors, "model.")
-    load_tensors(tensors, reader, f"{path}: {_UNFIT}", alone=True)
+    load_tensors(tensors, reader, f"{path}: {_UNFIT}", alone=alone)
     return progress
 
 
