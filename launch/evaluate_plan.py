@@ -18,7 +18,7 @@ from launch.evaluate_subjects import (
     common_spec,
     common_weight,
     find_subjects,
-    splitting_mistakes,
+    unfit_models,
 )
 from launch.export import refuse_existing
 from ttt_dist.data.audio_alone import scan_audio_sources
@@ -74,7 +74,7 @@ def check_evaluation(arguments: argparse.Namespace, device: torch.device) -> Eva
     if problems:  # the rest follows from what is right
         raise UserError(problems)
 
-    problems += splitting_mistakes(subjects, arguments.tp)
+    problems += unfit_models(subjects, arguments.tp)
     weights: dict[str, float] = {}
     for key in ("text_padding_weight", "first_codebook_weight_multiplier"):
         try:

@@ -14,7 +14,7 @@ from launch.config import TrainConfig
 from launch.errors import UserError
 from launch.evaluate_minutes import TTTMode
 from launch.inference import ModelSource, find_checkpoint, open_source, release_source, run_config
-from launch.model_checks import splitting_problems
+from launch.model_checks import piecewise_problems, splitting_problems
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.encode import mimi_config_problems
 from ttt_dist.data.interleave import FRAME_RATE
@@ -129,15 +129,15 @@ def common_piece(subjects: Sequence[Subject], seconds: float) -> int:
     return frames
 
 
-def splitting_mistakes(subjects: Sequence[Subject], tp: int) -> list[str]:
-    """Why `--tp` can't split the models."""
-    return [
-        f"{subject.label}: {problem}"
-        for subject in subjects
-        for problem in splitting_problems(
-            lm_settings(subject.source.release.lm_config), tp, named="--tp"
-        )
-    ]
+def unfit_models(subjects: Sequence[Subject], tp: int) -> list[str]:
+    """Models that can't go from piece to piece, or that `--tp` can't split, and why."""
+    problems = []
+    for subject in subjects:
+        settings = lm_settings(subject.source.release.lm_config)
+        problems += piecewise_problems(settings, named=f"{subject.label}:")
+        found = splitting_problems(settings, tp, named="--tp")
+        problems += [f"{subject.label}: {problem}" for problem in found]
+    return problems
 
 
 def common_weight(subjects: Sequence[Subject], key: str, given: float | None) -> float:
