@@ -96,8 +96,8 @@ class MinuteSums:
         return self._figures(sums, weights)
 
     def _count(self, row: int, place: Tensor, delay: int, value: Tensor, weight: Tensor) -> None:
-        # Steps before a codebook's first frame have no target, and so no weight.
-        minute = ((place - delay).clamp(min=0) // MINUTE_FRAMES).flatten()
+        # Steps before a codebook's first frame and after the recording's end weigh nothing.
+        minute = ((place - delay) // MINUTE_FRAMES).clamp(0, self.totals.shape[2] - 1).flatten()
         weight = weight.double().flatten()
         self.totals[0, row].index_add_(0, minute, value.double().flatten() * weight)
         self.totals[1, row].index_add_(0, minute, weight)
