@@ -259,7 +259,8 @@ class TrainConfig(Section):
     eval_freq: CountInt = 0
     """steps between two evaluations; 0: after the last step alone"""
     eval_batches: PositiveInt | None = None
-    """global batches of an evaluation; null: all of eval_data"""
+    """global batches of an evaluation (with ttt.persistent_states: recordings of each lane); null:
+    all of eval_data"""
     do_ckpt: bool = True
     """write checkpoints"""
     ckpt_freq: Int = 0

@@ -31,15 +31,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from launch import verify_report as report
+from launch.batch_plan import carries_states
 from launch.errors import UserError, exit_with
+from launch.lanes import Lanes
 from launch.optim import build_optimizers
 from launch.setup import model_dtypes, say
-from launch.step import SeparatePieces, accumulate_gradients
+from launch.step import Microbatches, SeparatePieces, accumulate_gradients
 from launch.verify_case import FRAMES, Case, loss_config, make_model, read_case
 from launch.verify_compare import Check, Trained, compare
 from launch.verify_report import Memory, TrafficCounter
+from parallel.carry import empty_carry
 from parallel.device import device_type, local_device
 from parallel.mesh import (
     Layout,
@@ -96,6 +100,30 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def feed(
+    case: Case, model: TTTMoshi, codes: list[Tensor], compute: torch.dtype, mesh: Mesh
+) -> Microbatches:
+    """A rank's samples as training takes them: whole, or as recordings, piece by piece.
+
+    Along recordings one backward goes through all pieces, so the unsharded model, which reads every
+    sample whole, has the same gradients.
+    """
+    if not carries_states(case.config):
+        return SeparatePieces(model, codes)
+    frames = 2 * case.config.ttt.mini_batch_size
+    pieces = -(-codes[0].shape[2] // frames)
+    steps, begins = [], []
+    for part in codes:
+        whole = F.pad(model.steps(part), (0, pieces * frames - part.shape[2]), value=-1)
+        steps.append([whole[:, :, n * frames : (n + 1) * frames + 1] for n in range(pieces)])
+        first = torch.zeros(pieces, len(part), dtype=torch.bool, device=part.device)
+        first[0] = True
+        begins.append(list(first))
+    lanes = sum(len(part) for part in codes)
+    carry = empty_carry(model, lanes, mesh, dtype=compute, device=codes[0].device)
+    return Lanes(carry, batch_size=len(codes[0]), tbptt_pieces=pieces).pieces(steps, begins)
+
+
 def train_sharded(
     case: Case, compute: torch.dtype, steps: int, mesh: Mesh, device: torch.device
 ) -> tuple[Trained, TrafficCounter, list[Memory]]:
@@ -112,7 +140,7 @@ def train_sharded(
         with traffic if step == steps - 1 else nullcontext():
             loss = accumulate_gradients(
                 model,
-                SeparatePieces(model, microbatches),
+                feed(case, model, microbatches, compute, mesh),
                 settings,
                 mesh,
                 reduce_every_microbatch=case.config.parallel.reduce_every_microbatch,
@@ -205,8 +233,10 @@ def verify(case: Case) -> bool:
     for compute in dtypes:
         # In float32 and bfloat16 the first step is judged, and the second one counted: Adam's steps
         # amplify the rounding of gradients near zero. So it is for compiled layers, which round
-        # Moshi's float32 norms otherwise than eager code, in a float64 model too.
-        all_steps = compute == torch.float64 and not config.compile
+        # Moshi's float32 norms otherwise than eager code, in a float64 model too; and along
+        # recordings for its float32 rope, which counts frames from the piece's window on.
+        rounds_alike = not config.compile and not carries_states(config)
+        all_steps = compute == torch.float64 and rounds_alike
         steps = min(STEPS, max(config.max_steps, 1)) if all_steps else 2
         sharded, traffic, memory = train_sharded(case, compute, steps, mesh, device)
         if not all_steps:
@@ -240,6 +270,7 @@ def describe(case: Case, sharded: Trained, sizes: Mapping[str, int]) -> None:
         "ft_embed": config.lora.enable and config.lora.ft_embed,
         "gradient_checkpointing": config.gradient_checkpointing,
         "recompute": config.parallel.recompute,
+        "states carried from piece to piece": carries_states(config),
         "compile": config.compile,
         "reshard_after_forward": config.parallel.reshard_after_forward,
         "reduce_every_microbatch": config.parallel.reduce_every_microbatch,

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from launch import step, verify
 from parallel.mesh import leave_job
+from ttt_dist.moshi.carry import LayerPassage
 
 right = verify.accumulate_gradients
 
@@ -44,12 +45,17 @@ def local(values, group):
     return values.detach().clone()
 
 
+def forgotten(passage):
+    return passage.before.window.reset(passage.begins | True)
+
+
 verify.init_process_group(verify.TIMEOUT)
 codes = []
 for fault, arguments in json.loads(sys.argv[1]).items():
     faults = {{
         "gradients": patch.object(verify, "accumulate_gradients", wrong),
         "local weights": patch.object(step, "sum_over_data_ranks", local),
+        "cut windows": patch.object(LayerPassage, "window", property(forgotten)),
     }}
     # One process group serves them all.
     with (
@@ -68,6 +74,8 @@ REPLICATED = "transformer.layers.1.ttt.layer.wo.bias"
 RUNS = {
     "gradients": ["parallel.tp=2"],
     "local weights": ["ttt.inner_model=linear"],
+    "cut windows": ["ttt.persistent_states=true"],
+    "none, along recordings": ["ttt.persistent_states=true", "parallel.tp=2"],
     "none": [
         *("full_finetuning=false", "lora.enable=true", "lora.rank=5", "lora.ft_embed=true"),
         "parallel.tp=2",
@@ -153,8 +161,21 @@ def test_a_loss_divided_by_local_weights_is_found(told):
     assert {"transformer.layers.0.self_attn", "depformer", "heads"} <= modules_named(out)
 
 
+def test_pieces_of_recordings_over_ranks_are_whole_samples_of_one_process(told):
+    out, code = told["none, along recordings"]
+    assert code == 0, out
+    assert "states carried from piece to piece true" in out
+    assert re.search(r"^ +float64 +gradient \(", out, re.MULTILINE)
+
+
+def test_windows_cut_at_the_borders_of_pieces_are_found(told):
+    out, code = told["cut windows"]
+    assert code == 1
+    assert "transformer.layers.0.self_attn" in modules_named(out)
+
+
 def test_adapters_over_ranks_pass(told):
-    """The last in its job, after two with faults: none of those lives on."""
+    """The last in its job, after those with faults: none of these lives on."""
     out, code = told["none"]
     assert code == 0
     assert "full_finetuning false, lora of rank 5, ft_embed true" in out
