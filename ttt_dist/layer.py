@@ -26,6 +26,7 @@ from ttt_dist.ops import (
     weight_names,
 )
 from ttt_dist.placement import BY_HEAD, BY_INPUT, REPLICATED, enter_shards, sum_shards, to_local
+from ttt_dist.reading import Reading
 
 POST_NORM_EPS = 1e-6
 STD_EPS = 1e-8
@@ -50,6 +51,8 @@ class TTTLayer(nn.Module):
         self.config = config
         # Whether the scan's own elementwise code runs compiled; `parallel.compilation` decides.
         self.compiled = False
+        # Called with each `Reading`, where the parameters are gathered; set by `moshi.probe` alone.
+        self.probe: Callable[[Reading], None] | None = None
         D, H, d = config.model_dim, config.num_heads, config.head_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
@@ -135,10 +138,11 @@ class TTTLayer(nn.Module):
         if frame_mask is not None:
             eta = eta * frame_mask[:, None, :]
 
-        out, state = self.scan_op()(
-            q.to(x.dtype),
-            k.to(x.dtype),
-            v.to(x.dtype),
+        q, k, v = (each.to(x.dtype) for each in (q, k, v))
+        out, after = self.scan_op()(
+            q,
+            k,
+            v,
             eta,
             norm_weight,
             norm_bias,
@@ -149,12 +153,16 @@ class TTTLayer(nn.Module):
             checkpoint_group_size=self.config.checkpoint_group_size,
             compiled=self.compiled,
         )
+        if self.probe is not None:
+            initial = self.initial_state(len(x)).weights
+            norm = (norm_weight, norm_bias)
+            self.probe(Reading(self.config, q, k, v, eta, *norm, state, after, initial, out))
         out = out.transpose(1, 2).flatten(2)  # [B, L, own H * d]
         out = self.post_norm(out).to(x.dtype)
         y = F.linear(out, to_local(self.wo.weight, grad_placements=BY_INPUT).to(x.dtype))
         y = sum_shards(y, like=self.wo.weight)
         # Added once, after the reduction: each rank's own copy would count it `tp` times.
-        return y + to_local(self.wo.bias, grad_placements=REPLICATED).to(x.dtype), state
+        return y + to_local(self.wo.bias, grad_placements=REPLICATED).to(x.dtype), after
 
     def scan_op(self) -> Callable[..., tuple[Tensor, InnerState]]:
         """The inner loop that `forward` runs; another one may have the same arguments."""

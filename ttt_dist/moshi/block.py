@@ -119,6 +119,24 @@ class HybridStreamingTransformerLayer(ShardableLayout, StreamingTransformerLayer
         self.ttt.layer.forward = ttt(self.ttt.layer.forward)  # type: ignore[method-assign]
         self._gate_and_feed = backbone(self._gate_and_feed)  # type: ignore[method-assign]
 
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Inside, the parts run without what `wrap_parts` has put around them."""
+        found: list[tuple[nn.Module, str]] = [
+            (self, name) for name in ("_whole", "_attend", "_gate_and_feed")
+        ]
+        if self.ttt is not None:
+            found.append((self.ttt.layer, "forward"))
+        # Wrapped parts are attributes of the instance, in front of the class's methods.
+        wrapped = [
+            (each, name, each.__dict__.pop(name)) for each, name in found if name in each.__dict__
+        ]
+        try:
+            yield
+        finally:
+            for each, name, part in wrapped:
+                setattr(each, name, part)
+
     def _init_streaming_state(self, batch_size: int) -> Any:
         state = super()._init_streaming_state(batch_size)
         if self.ttt is None:
@@ -220,6 +238,17 @@ class TTTMoshi(ShardableLayout, LMModel):
         """
         initial = self._get_initial_token().expand(len(codes), -1, -1)
         return torch.cat([initial, _delay_sequence(self.delays, codes, initial)], dim=2)
+
+    def read_frames(self, steps: Tensor) -> Tensor:
+        """Which of the T frames that `steps` `[B, K, T + 1]` feed in are read to predict a code.
+
+        Returns:
+            bool `[B, T]`, False where a recording is over, or a lane has none.
+        """
+        targets = steps[:, :, 1:]
+        cards = torch.full((targets.shape[1], 1), self.card, device=steps.device)
+        cards[0] = self.text_card
+        return ((targets >= 0) & (targets < cards)).any(dim=1)
 
     def step_losses(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every target in `steps` `[B, K, T + 1]`, or a piece of such a sequence.

@@ -18,6 +18,7 @@ from ttt_dist.ops.state import (
     mlp_state,
     weight_names,
 )
+from ttt_dist.ops.token_losses import token_losses
 from ttt_dist.ops.ttt_linear import ttt_linear
 from ttt_dist.ops.ttt_mlp import ttt_mlp
 
@@ -35,6 +36,7 @@ __all__ = [
     "reference_scan",
     "rope_table",
     "stream_positions",
+    "token_losses",
     "ttt_linear",
     "ttt_mlp",
     "weight_names",

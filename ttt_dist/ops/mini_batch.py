@@ -71,6 +71,23 @@ def scores(a: Tensor, b: Tensor, operand: torch.dtype, result: torch.dtype, caus
     return full.tril() if causal else full
 
 
+def network(weights: Weights, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and outputs of every linear map of `f(k)`, first to last, `[B, H, C, width]`.
+
+    Args:
+        weights: `(W1, b1, …)` `[B, H, …]` or `[H, …]`, compute dtype.
+        k: `[B, H, C, d]`, any dtype: that of the matrix products' operands.
+    """
+    inputs = [k]
+    hidden: list[Tensor] = []
+    for layer in range(len(weights) // 2):
+        if layer:
+            inputs.append(gelu(hidden[-1]))
+        W, b = weights[2 * layer], weights[2 * layer + 1]
+        hidden.append(product(inputs[-1], W, k.dtype, W.dtype) + b)
+    return inputs, hidden
+
+
 def token_gradients(
     weights: Weights, k: Tensor, v: Tensor, eta: Tensor, norm: InnerNorm
 ) -> TokenGradients:
@@ -84,13 +101,7 @@ def token_gradients(
     operand, dtype = k.dtype, weights[0].dtype
     depth = len(weights) // 2
     target = v.to(dtype) - k.to(dtype)
-    inputs = [k]
-    hidden: list[Tensor] = []
-    for layer in range(depth):
-        if layer:
-            inputs.append(gelu(hidden[-1]))
-        W, b = weights[2 * layer], weights[2 * layer + 1]
-        hidden.append(product(inputs[-1], W, operand, dtype) + b)
+    inputs, hidden = network(weights, k)
 
     x_hat, inv_std = norm.normalise(hidden[-1])
     error = norm.weight * x_hat + norm.bias - target
