@@ -26,6 +26,7 @@ __all__ = [
     "TrainConfig",
     "describe_keys",
     "dump_yaml",
+    "has_ttt",
     "load_config",
     "parse_command_line",
     "read_config",
@@ -122,9 +123,13 @@ def _absolute_paths(config: TrainConfig) -> TrainConfig:
     )
 
 
+def has_ttt(config: TrainConfig) -> bool:
+    """Whether the configured model has TTT layers."""
+    return config.ttt.enable and config.ttt.layers != "none"
+
+
 def _nothing_to_train(config: TrainConfig) -> str | None:
-    has_ttt = config.ttt.enable and config.ttt.layers != "none"
-    if config.full_finetuning or config.lora.enable or has_ttt:
+    if config.full_finetuning or config.lora.enable or has_ttt(config):
         return None
     return (
         "nothing to train: full_finetuning is false, lora.enable is false and "
@@ -155,6 +160,15 @@ def _key_in_file(config: TrainConfig) -> str | None:
     return (
         "wandb.key: a key in a configuration leaks into copies and run folders; allowed: null; "
         "remove it (and revoke it, if the file was shared), then `wandb login` or set WANDB_API_KEY"
+    )
+
+
+def _plots_without_evaluation(config: TrainConfig) -> str | None:
+    if not config.ttt.save_inner_loop_plots or config.do_eval:
+        return None
+    return (
+        "ttt.save_inner_loop_plots: found true with do_eval: false; the plots are made of held-out "
+        "data; set do_eval: true and data.eval_data, or save_inner_loop_plots: false"
     )
 
 
@@ -202,6 +216,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], str | None]], ...] 
     (("full_finetuning", "lora.enable", "ttt.enable", "ttt.layers"), _nothing_to_train),
     (("full_finetuning", "lora.enable", "lora.scaling"), _lora_problem),
     (("wandb.key",), _key_in_file),
+    (("ttt.save_inner_loop_plots", "do_eval"), _plots_without_evaluation),
     (("profile.start_step", "profile.num_steps", "max_steps"), _profile_range),
     (("param_dtype", "device"), _float64_on_gpu),
     (("parallel.dp_shard",), _empty_shard),

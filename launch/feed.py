@@ -56,6 +56,11 @@ class Feed(Protocol[StepT]):
         """
         ...
 
+    @property
+    def held_out_frames(self) -> int:
+        """Frames of the evaluation's longest recording; of a piece, where these stand alone."""
+        ...
+
     def carried(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it, by name, over all ranks."""
         ...
@@ -123,6 +128,10 @@ class PieceFeed:
             limit=limit,
         ):
             yield SeparatePieces(self._model, [codes.to(self._device)])
+
+    @property
+    def held_out_frames(self) -> int:
+        return self.sets["eval"].frames
 
     def carried(self) -> dict[str, Tensor]:
         return {}
@@ -194,7 +203,13 @@ class RecordingFeed:
             limit=self._config.eval_batches and self._config.eval_batches * self._plan.num_lanes,
         ):
             steps, begins = batch.steps.to(self._device), batch.begins.to(self._device)
-            yield lanes.pieces([[steps]], [[begins]])
+            yield lanes.pieces([[steps]], [[begins]], [batch.offsets])
+
+    @property
+    def held_out_frames(self) -> int:
+        held_out = self.sets["eval"]
+        pieces = max(held_out.pieces_of(each) for each in range(held_out.num_recordings))
+        return pieces * held_out.frames
 
     def carried(self) -> dict[str, Tensor]:
         anew = lane_tensor(self._lanes.begin_anew, self._mesh)

@@ -46,15 +46,19 @@ class Lanes:
         self._begin_anew = list(anew.split(self._batch_size))
 
     def pieces(
-        self, steps: Sequence[Sequence[Tensor]], begins: Sequence[Sequence[Tensor]]
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        begins: Sequence[Sequence[Tensor]],
+        offsets: Sequence[Sequence[int]] | None = None,
     ) -> LanePieces:
         """The pieces of a step, to be computed in their order; each lane goes on by them.
 
         Args:
             steps: of each group of `batch_size` lanes, of each piece: int `[batch_size, K, T + 1]`.
             begins: likewise, bool `[batch_size]`.
+            offsets: of each piece and lane, as `launch.step.Microbatches` has them.
         """
-        return LanePieces(self, steps, begins)
+        return LanePieces(self, steps, begins, offsets)
 
     def forget_broken(self, group: dist.ProcessGroup | None) -> int:
         """Lanes in which a number isn't finite begin anew; returns how many of this rank's.
@@ -107,6 +111,7 @@ class LanePieces:
         lanes: Lanes,
         steps: Sequence[Sequence[Tensor]],
         begins: Sequence[Sequence[Tensor]],
+        offsets: Sequence[Sequence[int]] | None,
     ) -> None:
         self._lanes = lanes
         self._pieces = len(steps[0])  # of each group
@@ -116,17 +121,23 @@ class LanePieces:
                 f"{self._pieces} pieces of a lane's step"
             )
         self.steps: Sequence[Tensor] = [piece for group in steps for piece in group]
+        self.offsets = offsets
         self._begins = [piece for group in begins for piece in group]
         self._carry: Carry | None = None
+        # What the present backward reaches back to: a microbatch, the carry and lanes that begin.
+        # Its graph keeps that carry anyway; earlier ones are not held on to.
+        self._held: tuple[int, Carry, Tensor] | None = None
 
     def losses(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
         group, piece = divmod(index, self._pieces)
         begins = self._begins[index]
+        anew = torch.zeros_like(begins)
         if piece == 0:
             self._carry, anew = self._lanes._start(group)
-            begins = begins | anew
         assert self._carry is not None  # microbatches are computed in their order
-        with model.passing(self._carry, begins) as passage:
+        if piece % self._lanes.tbptt_pieces == 0:
+            self._held = (index, self._carry, anew)
+        with model.passing(self._carry, begins | anew) as passage:
             losses = model.step_losses(self.steps[index])
         self._carry = passage.carry.detach() if self.backward_after(index) else passage.carry
         if piece == self._pieces - 1:
@@ -135,3 +146,20 @@ class LanePieces:
 
     def backward_after(self, index: int) -> bool:
         return (index % self._pieces + 1) % self._lanes.tbptt_pieces == 0
+
+    @torch.no_grad()
+    def aside(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
+        """As `launch.step.Microbatches` has it.
+
+        After all, it starts where it started, if the last backward reached back to it; else its
+        lanes begin anew.
+        """
+        first, carry, anew = self._held or (0, *self._lanes._start(0))
+        if not (first <= index and first // self._pieces == index // self._pieces):
+            first, carry = index, carry.map(torch.zeros_like)
+            anew = torch.ones_like(anew)
+        for at in range(first, index + 1):
+            with model.passing(carry, self._begins[at] | anew) as passage:
+                losses = model.step_losses(self.steps[at])
+            carry, anew = passage.carry, torch.zeros_like(anew)
+        return losses

@@ -221,6 +221,12 @@ class MetricsLogger:
         self._say(f"eval after step {step}/{self._max_steps} | {shown}")
         return row
 
+    def log_ttt(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+        """Log `ttt_health` before the update of `step`, in a row of its own."""
+        row: dict[str, Any] = {"step": step, **values, "time": time.time()}
+        self._record(row, "train")
+        return row
+
     def log_bad_step(self, bad: BadStep) -> None:
         """Log a step that was left out, in `bad_steps.jsonl`."""
         rows = JsonLines(self._bad_steps)

@@ -20,6 +20,7 @@ from launch.batch_plan import (
 )
 from launch.config import (
     TrainConfig,
+    has_ttt,
     parse_command_line,
     read_config,
 )
@@ -221,6 +222,9 @@ def run_warnings(config: TrainConfig) -> list[str]:
         )
     if config.eval_freq > 0 and not config.do_eval:
         warnings.append("eval_freq: has no effect, since do_eval is false")
+    for name in ("log_inner_loop_losses", "save_inner_loop_plots"):
+        if getattr(config.ttt, name) and not has_ttt(config):
+            warnings.append(f"ttt.{name}: has no effect, since the model has no TTT layers")
     if config.lora.ft_embed and not config.lora.enable:
         warnings.append("lora.ft_embed: has no effect, since lora.enable is false")
     if config.lora.enable and not config.save_adapters:

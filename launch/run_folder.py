@@ -170,6 +170,10 @@ class RunFolder:
         return self.path / "profile"
 
     @property
+    def inner_loop(self) -> Path:
+        return self.path / "inner_loop"
+
+    @property
     def bad_steps(self) -> Path:
         return self.path / "bad_steps.jsonl"
 

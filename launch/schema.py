@@ -157,13 +157,13 @@ class TTTSection(Section):
     checkpoint_group_size: CountInt | None = None
     """mini-batches computed again together in the backward; null: the root of their number"""
     log_inner_loop_losses: bool = False
-    """log the inner losses"""
+    """log TTT's health by layer: inner losses, change of the state, gates, inner learning rate"""
     inner_loop_log_interval: PositiveInt = 10
     """steps between two such logs"""
     save_inner_loop_plots: bool = False
-    """plot the inner losses"""
+    """at each evaluation, plot inner losses by position in held-out recordings, with JSON"""
     inner_loop_plot_dir: Text = None
-    """folder for those plots"""
+    """folder for those plots; null: inner_loop in the run folder"""
 
 
 class ParallelConfig(Section):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from launch.inner_loop import InnerLossCurves
 from parallel.fsdp import reduce_gradients_after
 from parallel.mesh import Mesh
 from parallel.reduce import sum_over_data_ranks
@@ -22,12 +24,22 @@ class Microbatches(Protocol):
     steps: Sequence[Tensor]
     """int `[B, K, T + 1]` each, on the model's device: what `TTTMoshi.step_losses` takes"""
 
+    offsets: Sequence[Sequence[int]] | None
+    """of each and of each lane, frames of the same recording that came before; None: not known"""
+
     def losses(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
         """Text `[B, 1, T]` and audio `[B, dep_q, T]` losses of microbatch `index`."""
         ...
 
     def backward_after(self, index: int) -> bool:
         """Whether a backward follows, over all microbatches since the last one."""
+        ...
+
+    def aside(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
+        """`losses` of a look, without gradients: nothing goes on by it.
+
+        For the first microbatch before all others, or any after all.
+        """
         ...
 
 
@@ -40,12 +52,17 @@ class SeparatePieces:
 
     def __init__(self, model: TTTMoshi, codes: Sequence[Tensor]) -> None:
         self.steps: Sequence[Tensor] = [model.steps(each) for each in codes]
+        self.offsets: Sequence[Sequence[int]] | None = [[0] * len(each) for each in codes]
 
     def losses(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
         return model.step_losses(self.steps[index])
 
     def backward_after(self, index: int) -> bool:
         return True
+
+    def aside(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return self.losses(model, index)
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,12 @@ class EvalLoss:
         return metrics | {f"eval_audio_loss_{index}": loss for index, loss in by_codebook}
 
 
+def _added(inner: InnerLossCurves, batch: Microbatches, index: int) -> AbstractContextManager[None]:
+    if batch.offsets is None:
+        raise ValueError("evaluate: inner losses by position need batches that know their offsets")
+    return inner.reading(batch.steps[index], batch.offsets[index])
+
+
 @torch.no_grad()
 def evaluate(
     model: TTTMoshi,
@@ -130,11 +153,13 @@ def evaluate(
     config: LossConfig,
     mesh: Mesh,
     device: torch.device,
+    inner: InnerLossCurves | None = None,
 ) -> EvalLoss:
     """Mean losses over this and all other ranks' batches; all ranks give equally many.
 
     Args:
         batches: samples of -1 alone count for nothing.
+        inner: what adds up inner losses on the way; the batches then know their offsets.
     """
     parts = 2 + 1 + config.dep_q  # weighted text and audio, spoken text, every codebook
     totals = torch.zeros(2, parts, dtype=torch.float64, device=device)  # sums, weights
@@ -143,7 +168,8 @@ def evaluate(
         for index, steps in enumerate(batch.steps):
             targets = steps[:, :, 1:]
             text_w, audio_w = (w.double() for w in step_weights(targets, config))
-            text_ce, audio_ce = (ce.double() for ce in batch.losses(model, index))
+            with nullcontext() if inner is None else _added(inner, batch, index):
+                text_ce, audio_ce = (ce.double() for ce in batch.losses(model, index))
             spoken = ((text_w > 0) & ~torch.isin(targets[:, :1], padding)).double()
             predicted = (audio_w > 0).double()
             pairs = [(text_ce, text_w), (audio_ce, audio_w), (text_ce, spoken)]

@@ -84,20 +84,23 @@ class StepGuard:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that was left out: why, and the samples to look at."""
+    """A step that was left out: why, its first tensor that isn't finite, the samples to look at."""
 
     step: int
     problem: str
+    not_finite: str | None
     samples: list[str]
 
     def __str__(self) -> str:
         shown = "; ".join(self.samples[:_SHOWN]) + ("; …" if self.samples[_SHOWN:] else "")
-        return f"step {self.step} left out: {self.problem}; its samples: {shown}"
+        first = "" if self.not_finite is None else f"; first not finite: {self.not_finite}"
+        return f"step {self.step} left out: {self.problem}{first}; its samples: {shown}"
 
 
 def describe_bad_step(
     step: int,
     problem: str | None,
+    not_finite: str | None,
     loss: StepLoss,
     samples: list[list[int]],
     pieces: Samples,
@@ -106,6 +109,7 @@ def describe_bad_step(
 
     Args:
         problem: as this rank sees it; None where another rank alone met one.
+        not_finite: as `not_finite.where_not_finite` has it.
         loss: of this rank's microbatches, too.
         samples: of each of these microbatches.
 
@@ -122,7 +126,9 @@ def describe_bad_step(
     found = found or [i for _, _, every in gathered for i in every]
     told = next((said for said, _, _ in gathered if said), "")
     # Ranks of one tp group have the same samples.
-    return BadStep(step, told, [pieces.describe(index) for index in dict.fromkeys(found)])
+    return BadStep(
+        step, told, not_finite, [pieces.describe(index) for index in dict.fromkeys(found)]
+    )
 
 
 def too_many_bad_steps(guard: StepGuard, last: BadStep) -> list[str]:

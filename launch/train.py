@@ -27,14 +27,17 @@ import torch.distributed as dist
 from launch.batch_plan import describe_step, resolve_global_batch_size, resolve_lanes
 from launch.config import (
     describe_keys,
+    has_ttt,
     parse_command_line,
     read_config,
     resolve_run_dir,
     utc_timestamp,
 )
 from launch.errors import UserError, exit_with
+from launch.inner_loop import InnerLossCurves
 from launch.make_demo_base import DemoBaseError, ensure_demo_base
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib
+from launch.not_finite import where_not_finite
 from launch.optim import build_optimizers, build_schedule
 from launch.plots import plot_losses
 from launch.preflight import Start, check_start, run_warnings
@@ -46,6 +49,7 @@ from launch.stages import open_feeds
 from launch.step import accumulate_gradients, evaluate
 from launch.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
 from launch.stop_signals import StopSignals
+from launch.ttt_health import ttt_health
 from launch.wandb_log import start_wandb
 from launch.watchdog import Watchdog
 from parallel.checkpoint import Progress, list_checkpoints
@@ -137,6 +141,9 @@ def train(start: Start) -> None:
         first_step = status.step
         feed = feeds.at(first_step)
         flops = {frames: flops_per_frame(model, frames) for frames in feeds.lengths}
+        logs_health = config.ttt.log_inner_loop_losses and has_ttt(config)
+        plots = config.ttt.save_inner_loop_plots and has_ttt(config)
+        plot_dir = Path(config.ttt.inner_loop_plot_dir or folder.inner_loop)
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
         sample_guard = SampleGuard(config.data.max_bad_samples, counters)
 
@@ -158,17 +165,22 @@ def train(start: Start) -> None:
             saver.finish()
             return next(reversed(list_checkpoints(folder.checkpoints)), None)
 
-        def held_out_losses() -> dict[str, float]:
+        def held_out_losses(inner: InnerLossCurves | None = None) -> dict[str, float]:
             assert eval_set is not None
             broken: dict[int, str] = {}
             watched = watchdog.over(feeds.last.held_out(broken), "a batch of the evaluation")
-            losses = evaluate(model, watched, loss_config, mesh, device)
+            losses = evaluate(model, watched, loss_config, mesh, device, inner)
             is_last = status.step == config.max_steps
             refuse_broken_evaluation(broken, eval_set, newest_checkpoint, is_last=is_last)
             return losses.as_metrics()
 
         def run_evaluation(step: int) -> None:
-            values = held_out_losses()
+            inner = (
+                InnerLossCurves(model, feeds.last.held_out_frames, mesh, device) if plots else None
+            )
+            values = held_out_losses(inner)
+            if inner is not None:
+                inner.save(plot_dir / f"step-{step:06d}", f"inner losses after step {step}")
             if step == config.max_steps and config.ttt.enable:
                 # What the trained TTT layers contribute: the same data with their gates at zero.
                 with without_ttt(model):
@@ -223,9 +235,15 @@ def train(start: Start) -> None:
                 if logger is not None:
                     for line in left_out:
                         logger.say(f"warning: step {step}: a piece is left out: {line}")
+                microbatches = feed.microbatches(batch)
+                if logs_health and is_due(step, config.ttt.inner_loop_log_interval):
+                    with pause():
+                        health = ttt_health(model, microbatches, mesh)
+                    if logger is not None:
+                        logger.log_ttt(step, health)
                 loss = accumulate_gradients(
                     model,
-                    feed.microbatches(batch),
+                    microbatches,
                     loss_config,
                     mesh,
                     reduce_every_microbatch=config.parallel.reduce_every_microbatch,
@@ -241,13 +259,17 @@ def train(start: Start) -> None:
                 lr = max(group["lr"] for group in optimizers.optimizers[0].param_groups)
                 if bad:
                     guard.skip()
+                    place = where_not_finite(model, microbatches, loss.microbatches, grad_norm)
                     feed.forget_broken()
-                    bad_step = describe_bad_step(step, problem, loss, batch.samples, train_set)
+                    bad_step = describe_bad_step(
+                        step, problem, place, loss, batch.samples, train_set
+                    )
                     if logger is not None:
                         logger.log_bad_step(bad_step)
                 else:
                     guard.accept(grad_norm)
                     optimizers.step()
+                del microbatches  # and what their lanes started from
                 schedule.step()
                 optimizers.zero_grad()
                 status.step = step

@@ -5,7 +5,6 @@ from launch.config import TrainConfig
 
 def refuse_unbuilt(config: TrainConfig) -> list[str]:
     """Keys whose feature isn't built yet (or never will be), each with the reason."""
-    ttt = config.ttt
     refusals = (
         (
             config.compile
@@ -13,16 +12,6 @@ def refuse_unbuilt(config: TrainConfig) -> list[str]:
             and config.parallel.recompute == "selective",
             "parallel.recompute: found selective with compile: true; single operators of compiled "
             "layers can't be kept; allowed with compile: layer, or gradient_checkpointing: false",
-        ),
-        (
-            ttt.log_inner_loop_losses,
-            "ttt.log_inner_loop_losses: found true; logging inner losses isn't built yet; "
-            "allowed: false",
-        ),
-        (
-            ttt.save_inner_loop_plots,
-            "ttt.save_inner_loop_plots: found true; plots of inner losses aren't built yet; "
-            "allowed: false",
         ),
         (
             config.overwrite_run_dir,

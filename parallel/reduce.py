@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from parallel.mesh import Mesh
+
 
 def sum_over_data_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum of `values` over ranks that hold different samples.
@@ -22,6 +24,11 @@ def sum_over_data_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tens
     if group is not None:
         dist.all_reduce(total, group=group)
     return total
+
+
+def sum_over_tp_ranks(values: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of `values` over ranks that hold different heads of the same samples."""
+    return sum_over_data_ranks(values, None if mesh.tp is None else mesh.tp.get_group())
 
 
 def highest_over_ranks(values: list[int]) -> list[int]:
@@ -43,7 +50,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         max_norm: bound of the 2-norm over all of them.
 
     Returns:
-        The norm before clipping, a plain float32 scalar, the same on all ranks.
+        The norm before clipping, a plain float32 scalar, the same on all ranks. Where it isn't
+        finite, the gradients stay as they were.
     """
     groups: dict[object, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -57,6 +65,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         norm = nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+    # A norm that isn't finite would make every gradient so; left alone, they tell which was first.
+    scale_by = torch.where(total.isfinite(), total, 0.0).to(norms[0].dtype)
     for members in groups.values():
-        nn.utils.clip_grads_with_norm_(members, max_norm, total.to(norms[0].dtype))
+        nn.utils.clip_grads_with_norm_(members, max_norm, scale_by)
     return total.float()

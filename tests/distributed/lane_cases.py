@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launch.inner_loop import CURVES, InnerLossCurves
 from launch.lanes import Lanes
 from launch.optim import build_optimizers, build_schedule
-from launch.step import accumulate_gradients
+from launch.step import accumulate_gradients, evaluate
+from launch.ttt_health import ttt_health
 from parallel.carry import carry_tensors, empty_carry, own_carry
 from parallel.checkpoint import load_checkpoint
 from parallel.mesh import Mesh
@@ -72,9 +74,8 @@ class LaneTraining:
         count = len(RECORDINGS) // self.mesh.dp_size
         rank = mesh.dp_rank if mesh is not None else 0
         self._pieces = lane_pieces(self.model)[rank * count : (rank + 1) * count]
-        self._batch_size = batch_size
-        carry = empty_carry(self.model, count, self.mesh, dtype=trained.dtype, device="cpu")
-        self.lanes = Lanes(carry, batch_size=batch_size, tbptt_pieces=tbptt)
+        self._batch_size, self._dtype = batch_size, trained.dtype
+        self.lanes = self._new_lanes(batch_size, tbptt)
         self.losses: list[list[float]] = []
         self.norms: list[float] = []
 
@@ -97,6 +98,27 @@ class LaneTraining:
         else:
             norm = clip_gradients(self.model.parameters(), MAX_NORM)
         self.norms.append(norm.item())
+
+    def look_on(self) -> tuple[dict[int, Any], dict[str, float]]:
+        """Inner losses by position over all recordings, and TTT's health after two pieces."""
+        lanes = self._new_lanes(len(self._pieces))
+        longest = max(frames for lane in RECORDINGS for frames in lane)
+        curves = InnerLossCurves(self.model, longest, self.mesh, torch.device("cpu"))
+        offsets = [0] * len(self._pieces)
+        for number in range(len(self._pieces[0])):
+            now = [lane[number] for lane in self._pieces]
+            begins = torch.tensor([begin for _, begin in now])
+            offsets = [0 if b else o + PIECE for (_, b), o in zip(now, offsets, strict=True)]
+            batch = lanes.pieces([[torch.stack([p for p, _ in now])]], [[begins]], [offsets])
+            if number == 2:
+                health = ttt_health(self.model, batch, self.mesh)
+            evaluate(self.model, [batch], self.config, self.mesh, torch.device("cpu"), curves)
+        return curves.figures().curves, health
+
+    def _new_lanes(self, batch_size: int, tbptt: int = 1) -> Lanes:
+        count = len(self._pieces)
+        carry = empty_carry(self.model, count, self.mesh, dtype=self._dtype, device="cpu")
+        return Lanes(carry, batch_size=batch_size, tbptt_pieces=tbptt)
 
 
 def compare_lanes(
@@ -139,6 +161,13 @@ def compare_lanes(
         errors_on_ranks({n: t.double() for n, t in carried.items()}, _doubled(expected))
     )
     result["sharded"] = {n: list(map(str, t.placements)) for n, t in carried.items()}
+    (curves, health), (plain_curves, plain_health) = found.look_on(), plain.look_on()
+    result["health"] = [health, plain_health]
+    result["inner losses"] = [
+        [curves[layer][name], plain_curves[layer][name]]
+        for layer in tiny.TTT_LAYERS
+        for name in CURVES
+    ]
     result["losses"] = [found.losses, plain.losses]
     result["norms"] = [found.norms, plain.norms]
     return result

@@ -229,6 +229,11 @@ def test_training_along_recordings_is_that_of_one_process_on_any_layout(measured
             assert own == pytest.approx(expected, rel=tolerance), (kind, step)
     for what in ("gradients 0", "gradients 2", "parameters", "carried"):
         assert found[what][0] < tolerance, (what, found[what])
+    own, expected = found["health"]
+    assert own == pytest.approx(expected, rel=tolerance)
+    for own, expected in found["inner losses"]:
+        assert len(own) == 96 // 8  # bins of the longest recording
+        assert own == pytest.approx(expected, rel=tolerance)
     tp = LAYOUTS[ALONG[name][1]][1].tp > 1
     heads = {placements[-1] for key, placements in found["sharded"].items() if "W1" in key}
     assert heads == {"S(1)" if tp else "S(0)"}

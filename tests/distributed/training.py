@@ -51,6 +51,7 @@ class OneRank:
     """The data axis of the unsharded run."""
 
     dp_size = 1
+    tp = None
     shape = {"tp": 1}  # noqa: RUF012
     dp_group = None
 

@@ -1,9 +1,12 @@
 """Training along recordings, in lengths that grow, by the real command; resumed on other ranks."""
 
+import json
 import shutil
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.ttt_health import NAMES
 from tests.integration.runs import TIMEOUT, TRAIN, Run, single
 from tests.ranks import run_ranks
 
@@ -20,6 +23,8 @@ def along(short, tmp_path_factory) -> Run:
         *(f"run_dir={folder}", f"max_steps={STEPS}", f"ckpt_freq={SAVED}", "num_ckpt_keep=null"),
         *("ttt.persistent_states=true", "ttt.tbptt_pieces=2", "num_microbatches=2"),
         *("duration_sec={0: 1.3, 2: 2.6}", "global_batch_size=4"),
+        *("ttt.log_inner_loop_losses=true", "ttt.inner_loop_log_interval=2"),
+        "ttt.save_inner_loop_plots=true",
     ]
     job = run_ranks(2, TRAIN, settings, timeout=TIMEOUT)
     assert job.returncode == 0, job.stdout + job.stderr
@@ -55,6 +60,34 @@ def test_states_of_the_lanes_are_in_the_checkpoint(along):
     assert not inner[0].equal(inner[1])
     assert "carry.0.W1" not in carried  # a layer without TTT
     assert carried["carry.0.length"].tolist() == [23, 23]  # of a window of 24
+
+
+def test_health_of_ttt_is_logged_at_its_own_interval(along):
+    rows = [row for row in along.rows if "ttt_state_change_layer_1" in row]
+    assert [row["step"] for row in rows] == [2, 4, STEPS]
+    assert rows[0].keys() == {"step", "time", *(f"{n}_layer_{i}" for n in NAMES for i in (1, 2))}
+    for row in rows:
+        assert row["ttt_inner_loss_after_layer_1"] < row["ttt_inner_loss_before_layer_1"]
+    events = EventAccumulator(str(along.folder / "tensorboard")).Reload()
+    shown = [event.step for event in events.Scalars("train/ttt_gate_max_layer_2")]
+    assert shown == [2, 4, STEPS]
+
+
+def test_inner_losses_of_an_evaluation_are_those_of_any_layout(along, resumed):
+    folder = along.folder / "inner_loop"
+    names = {path.name for path in folder.iterdir()}
+    steps = ("000000", f"{STEPS:06d}")
+    assert names == {f"step-{step}.{kind}" for step in steps for kind in ("json", "png")}
+    found, expected = (
+        json.loads((run.folder / "inner_loop" / f"step-{steps[-1]}.json").read_text())
+        for run in (resumed, along)
+    )
+    assert sum(expected["frames"]) > 100
+    assert found["frames"] == expected["frames"]
+    for layer, curves in expected["layers"].items():
+        assert curves["w0"][0] == curves["before"][0]
+        for name, values in curves.items():
+            assert found["layers"][layer][name] == pytest.approx(values, rel=1e-6), (layer, name)
 
 
 def test_another_layout_goes_on_in_the_middle(along, resumed):

@@ -49,8 +49,6 @@ def test_7b_configs_lack_nothing_but_data(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("ttt.log_inner_loop_losses=true", "ttt.log_inner_loop_losses"),
-        ("ttt.save_inner_loop_plots=true", "ttt.save_inner_loop_plots"),
         ("overwrite_run_dir=true", "nothing is ever deleted"),
     ],
 )
