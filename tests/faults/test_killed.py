@@ -87,6 +87,10 @@ def test_a_bad_step_is_left_out_by_all_ranks_and_the_run_goes_on(setting, tmp_pa
         assert row["loss"] == expected["loss"]
     (bad,) = [json.loads(line) for line in (run.folder / "bad_steps.jsonl").open()]
     assert (bad["step"], bad["problem"]) == (3, "loss nan")
+    # The fault comes with gradients alone, so that these tell where it was.
+    again = "the forward, computed again, is finite; gradient of "
+    assert bad["not_finite"].startswith(again)
+    assert bad["not_finite"] in run.job.stdout
     # One sample a rank: the one whose loss isn't a number is named, and no other.
     (sample,) = bad["samples"]
     assert ".flac, piece " in sample

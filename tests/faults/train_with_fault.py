@@ -86,9 +86,9 @@ def no_numbers(steps: int) -> None:
     """From STEP on, so many steps in which this rank's text losses aren't finite."""
     original, calls = TTTMoshi.step_losses, 0
 
-    def wrapped(model: TTTMoshi, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrapped(model: TTTMoshi, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
-        text, audio = original(model, steps)
+        text, audio = original(model, sequence)
         if not torch.is_grad_enabled():
             return text, audio
         calls += 1
