@@ -74,8 +74,9 @@ from ttt_dist.moshi.build import without_ttt
 from ttt_dist.moshi.loss import LossConfig
 
 TITLE = "Can't evaluate"
-# Ranks wait for each other while audio is encoded: hours of it on CPUs.
-TIMEOUT = timedelta(hours=12)
+# Ranks wait for each other while audio is encoded, hours of it on CPUs; and piece by piece.
+ENCODING_TIMEOUT = timedelta(hours=12)
+PIECE_TIMEOUT = timedelta(minutes=30)
 
 
 def evaluate(plan: Evaluation) -> None:
@@ -84,8 +85,8 @@ def evaluate(plan: Evaluation) -> None:
     Raises:
         UserError, DataError, CheckpointError, ReleaseError: what only reading all of it shows.
     """
-    init_process_group(TIMEOUT)
-    mesh = build_mesh(Layout(dp_shard=-1, tp=plan.tp), TIMEOUT)
+    init_process_group(ENCODING_TIMEOUT)
+    mesh = build_mesh(Layout(dp_shard=-1, tp=plan.tp), PIECE_TIMEOUT)
     say("mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     _check_checkpoints(plan.subjects)
     dataset = _open_data(plan)
@@ -94,8 +95,7 @@ def evaluate(plan: Evaluation) -> None:
     for note in _notes(plan, dataset):
         say(f"note: {note}")
     if dist.get_rank() == 0:
-        refuse_existing(plan.out)
-        plan.out.mkdir(parents=True)
+        _make_folder(plan.out)
     results: list[Result] = []
     passes = sum(len(subject.modes) for subject in plan.subjects)
     for subject in plan.subjects:
@@ -174,6 +174,14 @@ def _pass(
         "seconds": round(time.monotonic() - begin, 1),
     }
     return Result(subject.label, mode, sums.overall(), sums.by_minute(), about)
+
+
+def _make_folder(out: Path) -> None:
+    refuse_existing(out)
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} can't be made: {error}") from error
 
 
 def _check_checkpoints(subjects: Sequence[Subject]) -> None:

@@ -57,10 +57,7 @@ def check_evaluation(arguments: argparse.Namespace, device: torch.device) -> Eva
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     problems: list[str] = []
     if rank == 0:
-        try:
-            refuse_existing(arguments.out)
-        except UserError as error:
-            problems += error.problems
+        problems += _out_problems(arguments.out)
     for option in ("piece_sec", "batch_size", "tp"):
         value = getattr(arguments, option)
         if not 0 < value < math.inf:
@@ -103,6 +100,17 @@ def check_evaluation(arguments: argparse.Namespace, device: torch.device) -> Eva
         out=arguments.out,
         device=device,
     )
+
+
+def _out_problems(out: Path) -> list[str]:
+    try:
+        refuse_existing(out)
+    except UserError as error:
+        return list(error.problems)
+    above = next(folder for folder in out.parents if folder.exists())
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return []
+    return [f"--out: {out} can't be made in {above}, which is no folder that you may write into"]
 
 
 def _cache_folder(

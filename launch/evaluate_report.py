@@ -131,14 +131,13 @@ def printed_tables(results: Sequence[Result]) -> str:
 
 
 def plot_png(results: Sequence[Result]) -> bytes:
-    """Losses by minute: a colour a model, a style a mode."""
+    """Losses by minute, a line a model and mode; the mode shows in its style."""
     quantities = _plotted(results)
     figure = Figure(figsize=(8, 3.2 * len(quantities) + 1), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = {label: f"C{n}" for n, label in enumerate(dict.fromkeys(r.label for r in results))}
     for place, quantity in enumerate(quantities, start=1):
         axes = figure.add_subplot(len(quantities), 1, place)
-        for each in results:
+        for number, each in enumerate(results):
             points = [
                 (float(row["minute"] or 0) + 0.5, row[quantity])
                 for row in each.by_minute
@@ -146,7 +145,7 @@ def plot_png(results: Sequence[Result]) -> bytes:
             ]
             axes.plot(
                 *zip(*points, strict=True),
-                color=colours[each.label],
+                color=f"C{number}",
                 linestyle=_STYLES[each.ttt],
                 marker="." if len(points) < 30 else "",
                 label=each.name,

@@ -201,6 +201,11 @@ def test_mistakes_are_told_at_once_before_a_weight_is_read(tp_run, tmp_path, cap
         f"{tmp_path / 'there'}: CHECKPOINT: ",
     ):
         assert sum(line.startswith(f"  - {start}") for line in told) == 1, told
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "new"
+    with pytest.raises(SystemExit):
+        evaluate(arguments(tp_run.folder, REPO / "configs/demo/eval.jsonl", out))
+    assert f"--out: {out} can't be made in {tmp_path / 'file'}" in capsys.readouterr().err
     command = arguments(tp_run.folder, REPO / "configs/demo/eval.jsonl", tmp_path / "new")
     with pytest.raises(SystemExit) as stop:
         evaluate([*command, "--piece-sec", "1", "--text-padding-weight", "-1"])
