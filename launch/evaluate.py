@@ -18,7 +18,8 @@ throughout, and the recording doesn't count for text losses. Audio is encoded wh
 its codes; mp3 and ogg are decoded whole, wav and flac block by block.
 
 The new folder FOLDER gets evaluation.json (all figures, and what they mean), evaluation.csv (a row
-a model, mode and minute) and evaluation.png; they are written anew after each pass.
+a model, mode and minute) and evaluation.png; they are written anew after each pass. With
+--inner-losses it gets what the inner loops of TTT learn and keep, by position, too.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from launch.inference import (
     load_model,
     telling_mistakes,
 )
+from launch.inner_loop import InnerLossCurves
 from launch.setup import say
 from parallel.checkpoint_manifest import content_problems
 from parallel.mesh import (
@@ -132,6 +134,10 @@ def _pass(
     )
     longest = max(map(dataset.frames_of, range(dataset.num_recordings)))
     sums = MinuteSums(config, -(-longest // MINUTE_FRAMES), plan.device)
+    inner = None
+    if plan.inner_losses and mode == "on":
+        reach = -(-longest // dataset.frames) * dataset.frames  # of the last piece
+        inner = InnerLossCurves(model, reach, mesh, plan.device)
     broken: dict[int, str] = {}
     begin = time.monotonic()
     with (
@@ -159,6 +165,7 @@ def _pass(
             dtype=subject.source.compute,
             device=plan.device,
             broken=broken,
+            inner=inner,
             progress=progress,
         )
     unread = problems_of_all_ranks(
@@ -167,12 +174,16 @@ def _pass(
     if unread:
         raise DataError(unread)
     sums.sum_over_ranks(mesh.dp_group)
-    about = {
+    about: dict[str, Any] = {
         "path": str(subject.path),
         "model": list(lines),
         "compute": str(subject.source.compute).removeprefix("torch."),
         "seconds": round(time.monotonic() - begin, 1),
     }
+    if inner is not None:
+        name = f"inner-losses-{plan.subjects.index(subject) + 1}"
+        inner.save(plan.out / name, f"inner losses of {subject.label}")
+        about["inner_losses"] = f"{name}.json"
     return Result(subject.label, mode, sums.overall(), sums.by_minute(), about)
 
 
@@ -268,6 +279,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1, help="ranks that split heads (1)")
     parser.add_argument(
         "--cache-dir", type=_absolute, help="where codes are kept; default: the run's, or by DATA"
+    )
+    parser.add_argument(
+        "--inner-losses",
+        action="store_true",
+        help="inner-losses-N.json and .png too, by position, of the Nth model where TTT is on",
     )
     weight = "of the losses named with it; default: the run's own"
     parser.add_argument("--text-padding-weight", type=float, help=weight)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.inner_loop import InnerLossCurves
 from parallel.carry import empty_carry
 from parallel.mesh import Mesh
 from parallel.reduce import sum_over_data_ranks
@@ -133,6 +135,7 @@ def stream_recordings(
     dtype: torch.dtype,
     device: torch.device,
     broken: dict[int, str],
+    inner: InnerLossCurves | None = None,
     progress: Callable[[RecordingBatch], None] | None = None,
 ) -> None:
     """Pass every recording through the model, piece after piece, and count this rank's share.
@@ -143,6 +146,7 @@ def stream_recordings(
         batch_size: recordings side by side on a rank.
         dtype: of computation.
         broken: as `recording_batches` has it.
+        inner: what adds up inner losses on the way.
         progress: called after each batch.
     """
     carry = empty_carry(model, batch_size, mesh, dtype=dtype, device=device)
@@ -157,7 +161,10 @@ def stream_recordings(
     ):
         steps, begins = batch.steps.to(device), batch.begins.to(device)
         inner_begins = torch.ones_like(begins) if reset else None
-        with model.passing(carry, begins, inner_begins) as passage:
+        with (
+            nullcontext() if inner is None else inner.reading(steps, batch.offsets),
+            model.passing(carry, begins, inner_begins) as passage,
+        ):
             losses = model.step_losses(steps)
         carry = passage.carry
         has_text = [n >= 0 and dataset.has_text(n) for n in batch.recordings]

@@ -34,6 +34,7 @@ class Evaluation:
     Attributes:
         piece_frames: T, a multiple of every model's mini-batch.
         text_padding_weight, first_codebook_weight_multiplier: of all losses, as in training.
+        inner_losses: look on at the inner loops of models with TTT, where it is on.
     """
 
     subjects: Sequence[Subject]
@@ -44,6 +45,7 @@ class Evaluation:
     tp: int
     text_padding_weight: float
     first_codebook_weight_multiplier: float
+    inner_losses: bool
     out: Path
     device: torch.device
 
@@ -68,6 +70,8 @@ def check_evaluation(arguments: argparse.Namespace, device: torch.device) -> Eva
     problems += found
     subjects, found = find_subjects(arguments.checkpoint, base=arguments.base, device=device)
     problems += found
+    if arguments.inner_losses and subjects and all(each.source.ttt is None for each in subjects):
+        problems.append("--inner-losses: no CHECKPOINT has TTT layers")
     if problems:  # the rest follows from what is right
         raise UserError(problems)
 
@@ -97,6 +101,7 @@ def check_evaluation(arguments: argparse.Namespace, device: torch.device) -> Eva
         batch_size=arguments.batch_size,
         tp=arguments.tp,
         **weights,
+        inner_losses=arguments.inner_losses,
         out=arguments.out,
         device=device,
     )

@@ -133,10 +133,13 @@ def printed_tables(results: Sequence[Result]) -> str:
 def plot_png(results: Sequence[Result]) -> bytes:
     """Losses by minute, a line a model and mode; the mode shows in its style."""
     quantities = _plotted(results)
-    figure = Figure(figsize=(8, 3.2 * len(quantities) + 1), layout="constrained")
+    worth = _worth(results, quantities[0])
+    panels = len(quantities) + bool(worth)
+    figure = Figure(figsize=(8, 3.2 * panels + 1), layout="constrained")
     FigureCanvasAgg(figure)
+    minutes = max(len(each.by_minute) for each in results)
     for place, quantity in enumerate(quantities, start=1):
-        axes = figure.add_subplot(len(quantities), 1, place)
+        axes = figure.add_subplot(panels, 1, place)
         for number, each in enumerate(results):
             points = [
                 (float(row["minute"] or 0) + 0.5, row[quantity])
@@ -152,13 +155,40 @@ def plot_png(results: Sequence[Result]) -> bytes:
             )
         axes.set_title(f"{quantity}: {MEANING[quantity]}", fontsize=9)
         axes.set_ylabel("nats")
-        axes.set_xlim(0, max(len(each.by_minute) for each in results))
+        axes.set_xlim(0, minutes)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    if worth:
+        axes = figure.add_subplot(panels, 1, panels)
+        for number, values in worth.items():
+            x = [minute + 0.5 for minute in values]
+            style = _STYLES[results[number].ttt]
+            axes.plot(x, [*values.values()], color=f"C{number}", linestyle=style, marker=".")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(f"{quantities[0]}: how much more it is than of the same model with TTT on")
+        axes.title.set_fontsize(9)
+        axes.set_ylabel("nats")
+        axes.set_xlim(0, minutes)
         axes.grid(alpha=0.3)
     axes.set_xlabel("minute of the recording")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     out = io.BytesIO()
     figure.savefig(out, dpi=120, format="png")
     return out.getvalue()
+
+
+def _worth(results: Sequence[Result], quantity: str) -> dict[int, dict[int, float]]:
+    """By place in `results` and minute, how much TTT's being on is worth against other modes."""
+    on = {each.label: each.by_minute for each in results if each.ttt == "on"}
+    found: dict[int, dict[int, float]] = {}
+    for number, each in enumerate(results):
+        if each.ttt in ("off", "reset") and each.label in on:
+            pairs = [(a[quantity], b[quantity]) for a, b in zip(each.by_minute, on[each.label])]
+            found[number] = {
+                minute: value - base
+                for minute, (value, base) in enumerate(pairs)
+                if value is not None and base is not None
+            }
+    return found
 
 
 def _plotted(results: Sequence[Result]) -> list[str]:

@@ -54,7 +54,8 @@ def arguments(run, data, out, *more):
 def evaluated(tp_run, recordings, tmp_path_factory):
     """One process: the run, saved by two ranks that split heads, and its base."""
     out = tmp_path_factory.mktemp("evaluated") / "new" / "one"
-    job = single(arguments(tp_run.folder, recordings[1], out, "--base"), script=EVALUATE)
+    more = ("--base", "--inner-losses")
+    job = single(arguments(tp_run.folder, recordings[1], out, *more), script=EVALUATE)
     assert job.returncode == 0, job.stdout + job.stderr
     return job, out
 
@@ -123,7 +124,7 @@ def test_states_go_along_recordings_and_modes_are_what_they_say(
     assert abs(off - on) > 100 * TOLERANCE
 
 
-def test_figures_are_by_minute_and_tables_are_printed(evaluated):
+def test_figures_are_by_minute_and_tables_are_printed(evaluated, tp_run):
     job, out = evaluated
     results = results_of(out)
     for each in results.values():
@@ -137,6 +138,11 @@ def test_figures_are_by_minute_and_tables_are_printed(evaluated):
     rows = list(csv.DictReader((out / "evaluation.csv").read_text().splitlines()))
     assert len(rows) == 2 * len(results)
     assert (out / "evaluation.png").stat().st_size > 10_000
+    inner = json.loads(
+        (out / results[f"{tp_run.folder.name}/step-000004", "on"]["inner_losses"]).read_text()
+    )
+    assert sum(inner["frames"]) >= sum(FRAMES)  # the last step of each, too, where it is read
+    assert inner["mean"]["w0"][-1] > inner["mean"]["after"][-1]
     assert "pieces of 96 frames (7.68 s)" in job.stdout
     assert "attention context: TTT layers=20 (2 layers), other layers=24 (2 layers)" in job.stdout
     assert "attention context: other layers=3000 (4 layers)" in job.stdout  # the base's own
@@ -148,16 +154,22 @@ def test_figures_are_by_minute_and_tables_are_printed(evaluated):
 )
 def test_figures_are_the_same_on_ranks(evaluated, tp_run, recordings, tmp_path, ranks, more):
     out = tmp_path / "ranks"
-    command = arguments(tp_run.folder / "checkpoints" / "step-000004", recordings[1], out, *more)
+    checkpoint = tp_run.folder / "checkpoints" / "step-000004"
+    command = arguments(checkpoint, recordings[1], out, "--inner-losses", *more)
     job = run_ranks(ranks, EVALUATE, command, timeout=TIMEOUT)
     assert job.returncode == 0, job.stdout + job.stderr
-    found, expected = results_of(out), results_of(evaluated[1])
+    one = evaluated[1]
+    found, expected = results_of(out), results_of(one)
     assert list(found) == list(expected)[:3]
     for key, each in found.items():
         wanted = expected[key]
         assert each["overall"] == pytest.approx(wanted["overall"], rel=TOLERANCE), key
         for row, other in zip(each["by_minute"], wanted["by_minute"], strict=True):
             assert row == pytest.approx(other, rel=TOLERANCE), key
+    inner, wanted = (json.loads((o / "inner-losses-1.json").read_text()) for o in (out, one))
+    assert inner["frames"] == wanted["frames"]
+    for curve, values in inner["mean"].items():
+        assert values == pytest.approx(wanted["mean"][curve], rel=TOLERANCE), curve
 
 
 def test_a_folder_of_mono_files(tp_run, tmp_path):

@@ -7,7 +7,14 @@ import math
 
 import pytest
 
-from launch.evaluate_report import Result, plot_png, printed_tables, table_csv, write_report
+from launch.evaluate_report import (
+    Result,
+    _worth,
+    plot_png,
+    printed_tables,
+    table_csv,
+    write_report,
+)
 
 
 def figures(loss, text=True, **more):
@@ -84,6 +91,11 @@ def test_tables_are_read_line_by_line():
         "(2) run/step-000004, TTT off",
         "(3) base, of it",
     ]
+
+
+def test_what_ttt_is_worth_is_told_by_minute():
+    assert _worth(RESULTS, "loss") == {1: {0: 0.0, 1: 1.5}}
+    assert _worth(RESULTS[1:], "loss") == {}
 
 
 @pytest.mark.parametrize("text", [True, False])
