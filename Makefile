@@ -1,6 +1,7 @@
 # make train       the demo: set-up, base checkpoint, training on every GPU, or on 2 CPU ranks
 # make test        all but slow ones and faults (CI runs this); test-fast: without those that start several processes
 # make test-faults what happens when a run is killed, preempted or fed bad input (CI runs this too)
+# make memory      the proof that TTT remembers: trains with and without it, plots loss against the gap
 # make setup       .venv with the pinned packages; another torch build by TORCH, e.g. a CUDA index:
 #                  make setup TORCH="torch==2.11.0 --index-url https://YOUR-INDEX/cu130"
 
@@ -11,7 +12,7 @@ PY := $(VENV)/bin/python
 # Named after what it installs, so that a changed pin or TORCH sets up again.
 STAMP := $(VENV)/.installed-$(shell (echo "$(TORCH)"; cat requirements.txt) | cksum | cut -d' ' -f1)
 
-.PHONY: setup train test test-fast test-faults test-slow lint format
+.PHONY: setup train memory test test-fast test-faults test-slow lint format
 
 setup: $(STAMP)
 
@@ -30,6 +31,9 @@ $(STAMP): requirements.txt
 train: setup
 	$(PY) -m launch.make_demo_base
 	./torchrun.sh launch/train.py configs/demo.yaml
+
+memory: setup
+	$(PY) -m launch.memory --out docs/memory
 
 test: setup
 	$(PY) -m pytest tests -m "not slow and not gpu and not faults"
