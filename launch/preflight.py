@@ -27,7 +27,7 @@ from launch.config import (
 from launch.errors import UserError
 from launch.model_checks import lora_settings, model_problems, ttt_section
 from launch.run_checkpoints import resume_problems
-from launch.run_folder import adopt_saved, run_dir_problems
+from launch.run_folder import adopt_saved, run_dir_problems, unwritable_problems
 from launch.unbuilt import refuse_unbuilt
 from ttt_dist.data.encode import mimi_config_problems
 from ttt_dist.data.interleave import num_frames
@@ -143,6 +143,9 @@ def _run_problems(
         problems += _device_problems(config, local_world_size)
     if bad_keys.isdisjoint(("run_dir", "resume")):
         problems += run_dir_problems(config)
+    if config.ttt.save_inner_loop_plots and config.ttt.inner_loop_plot_dir:
+        plots = Path(config.ttt.inner_loop_plot_dir)
+        problems += unwritable_problems("ttt.inner_loop_plot_dir", plots)
     layout = ("parallel", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp")
     batch = ("batch_size", "num_microbatches", "global_batch_size", "resume", "run_dir")
     if bad_keys.isdisjoint(layout) and config.parallel.dp_shard != 0:

@@ -137,9 +137,16 @@ def run_dir_problems(config: TrainConfig) -> list[str]:
             f"run_dir: {path} exists and isn't empty; nothing is ever overwritten: "
             "name a new folder, or go on with that run by resume=true"
         ]
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    return unwritable_problems("run_dir", path)
+
+
+def unwritable_problems(key: str, folder: Path) -> list[str]:
+    """Why files can't be written into `folder`, whether it is there or not."""
+    nearest = next(each for each in (folder, *folder.parents) if each.exists())
+    if not nearest.is_dir():
+        return [f"{key}: {folder} can't be a folder, since {nearest} is a file"]
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"run_dir: {path} can't be written, since {nearest} is read-only for you"]
+        return [f"{key}: {folder} can't be written, since {nearest} is read-only for you"]
     return []
 
 

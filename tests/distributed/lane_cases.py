@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.inner_loop import CURVES, InnerLossCurves
 from launch.lanes import Lanes
+from launch.not_finite import where_not_finite
 from launch.optim import build_optimizers, build_schedule
 from launch.step import accumulate_gradients, evaluate
 from launch.ttt_health import ttt_health
@@ -115,6 +117,18 @@ class LaneTraining:
             evaluate(self.model, [batch], self.config, self.mesh, torch.device("cpu"), curves)
         return curves.figures().curves, health
 
+    def not_finite(self) -> str | None:
+        """What is told of a step after one rank's part of a parameter is broken."""
+        (weight,) = (v for n, v in values(self.model).items() if n.endswith("2.ttt.layer.W2"))
+        if dist.get_rank() == dist.get_world_size() - 1:
+            weight.to_local().view(-1)[-1] = float("nan")
+        now = torch.stack([lane[0][0] for lane in self._pieces])
+        begins = torch.ones(len(now), dtype=torch.bool)
+        batch = self._new_lanes(len(now)).pieces([[now]], [[begins]])
+        self.optimizers.zero_grad()
+        loss = accumulate_gradients(self.model, batch, self.config, self.mesh)
+        return where_not_finite(self.model, batch, loss.microbatches, loss.total.item())
+
     def _new_lanes(self, batch_size: int, tbptt: int = 1) -> Lanes:
         count = len(self._pieces)
         carry = empty_carry(self.model, count, self.mesh, dtype=self._dtype, device="cpu")
@@ -168,6 +182,7 @@ def compare_lanes(
         for layer in tiny.TTT_LAYERS
         for name in CURVES
     ]
+    result["not finite"] = found.not_finite()
     result["losses"] = [found.losses, plain.losses]
     result["norms"] = [found.norms, plain.norms]
     return result

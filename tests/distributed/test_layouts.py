@@ -231,6 +231,7 @@ def test_training_along_recordings_is_that_of_one_process_on_any_layout(measured
         assert found[what][0] < tolerance, (what, found[what])
     own, expected = found["health"]
     assert own == pytest.approx(expected, rel=tolerance)
+    assert found["not finite"] == "layer 2 TTT: state before, W2"
     for own, expected in found["inner losses"]:
         assert len(own) == 96 // 8  # bins of the longest recording
         assert own == pytest.approx(expected, rel=tolerance)

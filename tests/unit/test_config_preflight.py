@@ -60,6 +60,23 @@ def test_unbuilt_features_load_and_are_refused_at_start(
     assert part in problem
 
 
+def test_plots_of_inner_losses_need_held_out_data_and_a_folder(tmp_path: Path) -> None:
+    plots = "ttt.save_inner_loop_plots=true"
+    assert check(demo(tmp_path, plots)) == []
+    (problem,) = read_config(None, [plots, f"run_dir={tmp_path}", "ttt.enable=true"]).problems
+    assert problem.startswith("ttt.save_inner_loop_plots: found true with do_eval: false")
+    (tmp_path / "file").touch()
+    where = f"ttt.inner_loop_plot_dir={tmp_path}/file/plots"
+    (problem,) = check(demo(tmp_path, plots, where))
+    assert problem.startswith("ttt.inner_loop_plot_dir: ")
+    without = [plots, "ttt.enable=false", "ttt.log_inner_loop_losses=true"]
+    told = run_warnings(demo(tmp_path, *without))
+    assert [line.split(":")[0] for line in told if "no TTT layers" in line] == [
+        "ttt.log_inner_loop_losses",
+        "ttt.save_inner_loop_plots",
+    ]
+
+
 def test_compiled_layers_are_kept_or_recomputed_whole(tmp_path: Path) -> None:
     selective = ["compile=true", "parallel.recompute=selective"]
     (problem,) = check(demo(tmp_path, *selective))
