@@ -93,7 +93,7 @@ def evaluate(plan: Evaluation) -> None:
     _check_checkpoints(plan.subjects)
     dataset = _open_data(plan)
     about = _describe_data(plan, dataset)
-    say(f"data: {about['recordings']} recordings, {about['hours']:.2f} hours; {_piece(plan)}")
+    say(f"data: recordings: {about['recordings']}, hours: {about['hours']:.2f}; {_piece(plan)}")
     for note in _notes(plan, dataset):
         say(f"note: {note}")
     if dist.get_rank() == 0:

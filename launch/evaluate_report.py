@@ -165,8 +165,8 @@ def plot_png(results: Sequence[Result]) -> bytes:
             style = _STYLES[results[number].ttt]
             axes.plot(x, [*values.values()], color=f"C{number}", linestyle=style, marker=".")
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(f"{quantities[0]}: how much more it is than of the same model with TTT on")
-        axes.title.set_fontsize(9)
+        title = f"{quantities[0]}: how much more it is than of the same model with TTT on"
+        axes.set_title(title, fontsize=9)
         axes.set_ylabel("nats")
         axes.set_xlim(0, minutes)
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""A trained model for talking: found, loaded whole on one device, and described as it is.
+"""A trained model for talking: found, loaded on one device or over ranks, described as it is.
 
 What a person names is a run folder of `launch/train.py`, one of its checkpoints (saved on any
 number of ranks), or a release folder: what `launch/export.py` writes, or a release without TTT.
