@@ -124,20 +124,20 @@ class LanePieces:
         self.offsets = offsets
         self._begins = [piece for group in begins for piece in group]
         self._carry: Carry | None = None
-        # What the present backward reaches back to: a microbatch, the carry and lanes that begin.
+        # What the last backward reaches back to: a microbatch, its carry and lanes that begin.
         # Its graph keeps that carry anyway; earlier ones are not held on to.
         self._held: tuple[int, Carry, Tensor] | None = None
 
     def losses(self, model: TTTMoshi, index: int) -> tuple[Tensor, Tensor]:
         group, piece = divmod(index, self._pieces)
         begins = self._begins[index]
-        anew = torch.zeros_like(begins)
         if piece == 0:
             self._carry, anew = self._lanes._start(group)
+            begins = begins | anew
         assert self._carry is not None  # microbatches are computed in their order
         if piece % self._lanes.tbptt_pieces == 0:
-            self._held = (index, self._carry, anew)
-        with model.passing(self._carry, begins | anew) as passage:
+            self._held = (index, self._carry, begins)
+        with model.passing(self._carry, begins) as passage:
             losses = model.step_losses(self.steps[index])
         self._carry = passage.carry.detach() if self.backward_after(index) else passage.carry
         if piece == self._pieces - 1:
@@ -154,12 +154,16 @@ class LanePieces:
         After all, it starts where it started, if the last backward reached back to it; else its
         lanes begin anew.
         """
-        first, carry, anew = self._held or (0, *self._lanes._start(0))
+        if self._held is None:
+            carry, anew = self._lanes._start(0)
+            first, begins = 0, self._begins[0] | anew
+        else:
+            first, carry, begins = self._held
         if not (first <= index and first // self._pieces == index // self._pieces):
             first, carry = index, carry.map(torch.zeros_like)
-            anew = torch.ones_like(anew)
+            begins = torch.ones_like(begins)
         for at in range(first, index + 1):
-            with model.passing(carry, self._begins[at] | anew) as passage:
+            with model.passing(carry, begins if at == first else self._begins[at]) as passage:
                 losses = model.step_losses(self.steps[at])
-            carry, anew = passage.carry, torch.zeros_like(anew)
+            carry = passage.carry
         return losses

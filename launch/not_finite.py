@@ -76,7 +76,13 @@ def first_not_finite(
     Layers run without compilation. FSDP2 gathers as ever: all ranks call it together.
     """
     look = _Look()
-    with torch.no_grad(), ExitStack() as stack:
+
+    def probe(number: int, reading: Reading) -> None:
+        for name, value in reading.tensors().items():
+            look.at(f"layer {number} TTT: {name}", value)
+
+    # Probing takes wrappers off; what looks at a layer's parts is put on after that.
+    with torch.no_grad(), probing(model, probe), ExitStack() as stack:
         for name, module in _outside_of_layers(model).items():
             hook = module.register_forward_hook(_hook(look, name))
             stack.callback(hook.remove)
@@ -93,11 +99,6 @@ def first_not_finite(
                 )
                 stack.callback(hook.remove)
 
-        def probe(number: int, reading: Reading) -> None:
-            for name, value in reading.tensors().items():
-                look.at(f"layer {number} TTT: {name}", value)
-
-        stack.enter_context(probing(model, probe))
         text, audio = microbatches.aside(model, index)
         look.at("text loss", text)
         look.at("audio loss", audio)

@@ -28,6 +28,7 @@ def model():
     [
         ("text_emb.weight", "text_emb"),
         ("transformer.layers.0.self_attn.out_projs.0.weight", "layer 0 attention"),
+        ("transformer.layers.1.self_attn.out_projs.0.weight", "layer 1 attention"),
         ("transformer.layers.1.ttt.layer.wk.bias", "layer 1 TTT: k"),
         ("transformer.layers.1.ttt.layer.learnable_ttt_lr_bias", "layer 1 TTT: eta"),
         ("transformer.layers.2.ttt.layer.W2", "layer 2 TTT: state before, W2"),
