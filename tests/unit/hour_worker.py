@@ -27,7 +27,7 @@ def main(frames: int, mode: str) -> None:
         checkpoint_layers(model, "layer")
     before, start = peak(), time.monotonic()
     with torch.set_grad_enabled(mode != "evaluate"):
-        text, audio = model.token_losses(codes)
+        text, audio = model.step_losses(model.steps(codes))
         loss = text.sum() + audio.sum()
     if mode != "evaluate":
         loss.backward()
