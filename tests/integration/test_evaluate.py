@@ -30,10 +30,13 @@ PIECES = ("--piece-sec", "8")  # 100 frames: 6 mini-batches of 16
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory, demo_base):
     """Codes of three recordings, and their manifest."""
+    return make_recordings(tmp_path_factory.mktemp("recordings"), demo_base, FRAMES)
+
+
+def make_recordings(folder, demo_base, lengths):
     settings = json.loads((demo_base / "config.json").read_text())
-    folder = tmp_path_factory.mktemp("recordings")
     lines, made = [], []
-    for number, frames in enumerate(FRAMES):
+    for number, frames in enumerate(lengths):
         generator = torch.Generator().manual_seed(number)
         text = torch.randint(0, settings["text_card"], (1, frames), generator=generator)
         text[0, ::2] = 3  # padding
@@ -170,6 +173,29 @@ def test_figures_are_the_same_on_ranks(evaluated, tp_run, recordings, tmp_path, 
     assert inner["frames"] == wanted["frames"]
     for curve, values in inner["mean"].items():
         assert values == pytest.approx(wanted["mean"][curve], rel=TOLERANCE), curve
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_half_an_hour_is_the_same_in_pieces_of_any_length(tp_run, demo_base, tmp_path):
+    """22,500 frames: 30 minutes in pieces of 80 s on two ranks, and of 5 minutes on one."""
+    _, data = make_recordings(tmp_path, demo_base, [22_500])
+    found = []
+    for ranks, seconds in ((2, "80"), (1, "300")):
+        out = tmp_path / seconds
+        command = [str(tp_run.folder), "--data", str(data), "--out", str(out)]
+        command += ["--piece-sec", seconds]
+        job = run_ranks(ranks, EVALUATE, command, timeout=600)
+        assert job.returncode == 0, job.stdout + job.stderr
+        results = results_of(out)
+        found.append({mode: results[key] for key in results for mode in key[1:]})
+    short, long = found
+    assert len(short["on"]["by_minute"]) == 30
+    for mode in ("on", "off"):
+        for row, other in zip(short[mode]["by_minute"], long[mode]["by_minute"], strict=True):
+            assert row == pytest.approx(other, rel=TOLERANCE), mode
+    # Where TTT begins anew matters.
+    assert short["reset"]["overall"]["loss"] != pytest.approx(long["reset"]["overall"]["loss"])
 
 
 def test_a_folder_of_mono_files(tp_run, tmp_path):
