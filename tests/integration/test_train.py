@@ -92,7 +92,10 @@ def test_prepare_encodes_ahead_and_runs_encode_nothing(prepared, single_run, ran
     assert "encoded now: 8 (" in prepared.job.stdout
     now = snapshot(prepared.folder)
     assert {name: now.get(name) for name in prepared.files} == prepared.files
-    assert sum(name.endswith(".safetensors") for name in now) == 8
+    assert sum(name.endswith(".safetensors") for name in prepared.files) == 8
+    # What else is there belongs to runs along whole recordings, which lie beside the pieces.
+    others = {name for name in now.keys() - prepared.files.keys() if name.endswith(".safetensors")}
+    assert len(others) in (0, 8)
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,8 @@ def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None
     assert again == config
 
 
-def test_shipped_configs_are_the_three() -> None:
-    assert {path.stem for path in CONFIGS} == {"demo", "moshi_7b_full", "moshi_7b_ttt"}
+def test_shipped_configs_are_these() -> None:
+    assert {path.stem for path in CONFIGS} == {"demo", "memory", "moshi_7b_full", "moshi_7b_ttt"}
 
 
 def test_round_trip_of_every_kind_of_value(tmp_path: Path) -> None:
