@@ -93,13 +93,7 @@ class StepBatches(ReadAhead[Step]):
         prefetch: int = 2,
     ) -> None:
         check_layout(batch_size, dp_rank, dp_size)
-        together = batch_size * dp_size
-        if global_batch_size < 1 or global_batch_size % together != 0:
-            raise ValueError(
-                f"global_batch_size: found {global_batch_size}, allowed are multiples of "
-                f"batch_size × data-parallel ranks = {batch_size} × {dp_size} = {together}: "
-                f"{together}, {2 * together}, {3 * together}, …"
-            )
+        together = check_shared_out("global_batch_size", global_batch_size, batch_size, dp_size)
         self._dataset = dataset
         self._order = order
         self._global_batch_size = global_batch_size
@@ -167,6 +161,17 @@ def _piece(dataset: PieceDataset, index: int, broken: dict[int, str]) -> torch.T
 
 def _empty_piece(dataset: PieceDataset) -> torch.Tensor:
     return torch.full((dataset.rows, dataset.frames), -1, dtype=torch.int64)
+
+
+def check_shared_out(name: str, found: int, batch_size: int, dp_size: int) -> int:
+    """How many all ranks' batches hold together; ValueError where `found` is no multiple of it."""
+    together = batch_size * dp_size
+    if found < 1 or found % together != 0:
+        raise ValueError(
+            f"{name}: found {found}, allowed are multiples of batch_size × data-parallel ranks = "
+            f"{batch_size} × {dp_size} = {together}: {together}, {2 * together}, {3 * together}, …"
+        )
+    return together
 
 
 def check_layout(batch_size: int, dp_rank: int, dp_size: int) -> None:

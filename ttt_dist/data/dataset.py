@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NotRequired, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -215,31 +215,35 @@ def default_cache_folder(sources: Sequence[Source]) -> Path:
     return Path(user_cache) / "ttt-dist" / "codes"
 
 
+class EncodingRanks(TypedDict):
+    """How the ranks of a job encode together.
+
+    Attributes:
+        rank, world_size: of the whole job (tp ranks encode too).
+        agree: returns, once every rank has called it, the problems of all of them.
+        max_encode_sec: refuse to encode more seconds of audio than this here, because ranks that
+            wait in a collective for hours die of its timeout.
+        progress: see `encode_missing`.
+    """
+
+    rank: int
+    world_size: int
+    agree: Callable[[list[str]], list[str]]
+    max_encode_sec: float
+    progress: NotRequired[Callable[[Recording, bool], None] | None]
+
+
 def open_pieces(
     splits: Mapping[str, Sequence[Source]],
     cache: CodesCache,
     codec: Callable[[], Codec],
-    *,
-    rank: int,
-    world_size: int,
-    agree: Callable[[list[str]], list[str]],
-    max_encode_sec: float,
-    progress: Callable[[Recording, bool], None] | None = None,
+    **ranks: Unpack[EncodingRanks],
 ) -> dict[str, PieceDataset]:
     """What `train.py` calls: encode what is missing, if short, and open every split in pieces.
 
     Arguments and errors are those of `encode_splits`.
     """
-    encode_splits(
-        splits,
-        cache,
-        codec,
-        rank=rank,
-        world_size=world_size,
-        agree=agree,
-        max_encode_sec=max_encode_sec,
-        progress=progress,
-    )
+    encode_splits(splits, cache, codec, **ranks)
     return {name: PieceDataset(sources, cache) for name, sources in splits.items()}
 
 
@@ -247,12 +251,7 @@ def encode_splits(
     splits: Mapping[str, Sequence[Source]],
     cache: CodesCache,
     codec: Callable[[], Codec],
-    *,
-    rank: int,
-    world_size: int,
-    agree: Callable[[list[str]], list[str]],
-    max_encode_sec: float,
-    progress: Callable[[Recording, bool], None] | None = None,
+    **ranks: Unpack[EncodingRanks],
 ) -> None:
     """Encode what the cache lacks of every split, all ranks together, if it isn't long.
 
@@ -260,32 +259,32 @@ def encode_splits(
         splits: name → sources as `read_sources` gives them, e.g. `{"train": …, "eval": …}`.
         cache: of the run's `CodesSpec`; the same folder on all ranks.
         codec: loads Mimi and the tokenizer; called only on ranks that have something to encode.
-        rank, world_size: of the whole job (tp ranks encode too).
-        agree: returns, once every rank has called it, the problems of all of them.
-        max_encode_sec: refuse to encode more seconds of audio than this here, because ranks that
-            wait in a collective for hours die of its timeout.
-        progress: see `encode_missing`.
 
     Raises:
         DataError: too much is missing (run `launch/prepare.py` first), or data cannot be encoded.
     """
     recordings = [recording for sources in splits.values() for recording in all_recordings(sources)]
-    seconds = missing_seconds(recordings, cache)
-    if seconds > max_encode_sec:
+    seconds, longest = missing_seconds(recordings, cache), ranks["max_encode_sec"]
+    if seconds > longest:
         raise DataError(
             [
                 f"data.cache_dir: {cache.folder} lacks the codes of {seconds:.0f} s of audio, and "
-                f"training encodes at most data.max_inline_encode_sec = {max_encode_sec:.0f} s by "
+                f"training encodes at most data.max_inline_encode_sec = {longest:.0f} s by "
                 "itself; run `launch/prepare.py CONFIG` first, under torchrun to split it"
             ]
         )
     problems: list[str] = []
     try:
         encode_missing(
-            recordings, cache, codec, rank=rank, world_size=world_size, progress=progress
+            recordings,
+            cache,
+            codec,
+            rank=ranks["rank"],
+            world_size=ranks["world_size"],
+            progress=ranks.get("progress"),
         )
     except DataError as error:
         problems = list(error.problems)
-    problems = agree(problems)
+    problems = ranks["agree"](problems)
     if problems:
         raise DataError(problems)

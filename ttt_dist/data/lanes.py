@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ttt_dist.data.ahead import ReadAhead
-from ttt_dist.data.batches import check_layout
+from ttt_dist.data.batches import check_layout, check_shared_out
 from ttt_dist.data.cache import BrokenPieceError
 from ttt_dist.data.dataset import GlobalOrder
 from ttt_dist.data.recordings import RecordingDataset
@@ -87,13 +87,7 @@ class LaneBatches(ReadAhead[LaneStep]):
         prefetch: int = 2,
     ) -> None:
         check_layout(batch_size, dp_rank, dp_size)
-        together = batch_size * dp_size
-        if num_lanes < 1 or num_lanes % together != 0:
-            raise ValueError(
-                f"num_lanes: found {num_lanes}, allowed are multiples of batch_size × "
-                f"data-parallel ranks = {batch_size} × {dp_size} = {together}: "
-                f"{together}, {2 * together}, {3 * together}, …"
-            )
+        check_shared_out("num_lanes", num_lanes, batch_size, dp_size)
         if pieces_per_step < 1:
             raise ValueError(f"pieces_per_step: found {pieces_per_step}, allowed is 1 or above")
         if start_step < 0:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Unpack
 
 import numpy as np
 import torch
 
 from ttt_dist.data.cache import CodesCache
-from ttt_dist.data.dataset import encode_splits, find_codes
+from ttt_dist.data.dataset import EncodingRanks, encode_splits, find_codes
 from ttt_dist.data.encode import Codec
-from ttt_dist.data.manifest import Recording, Source, all_recordings
+from ttt_dist.data.manifest import Source, all_recordings
 
 
 class RecordingDataset:
@@ -100,23 +101,10 @@ def open_recordings(
     codec: Callable[[], Codec],
     *,
     piece_frames: int,
-    rank: int,
-    world_size: int,
-    agree: Callable[[list[str]], list[str]],
-    max_encode_sec: float,
-    progress: Callable[[Recording, bool], None] | None = None,
+    **ranks: Unpack[EncodingRanks],
 ) -> dict[str, RecordingDataset]:
     """As `dataset.open_pieces`, for whole recordings, numbered in pieces of `piece_frames`."""
-    encode_splits(
-        splits,
-        cache,
-        codec,
-        rank=rank,
-        world_size=world_size,
-        agree=agree,
-        max_encode_sec=max_encode_sec,
-        progress=progress,
-    )
+    encode_splits(splits, cache, codec, **ranks)
     return {
         name: RecordingDataset(sources, cache, piece_frames) for name, sources in splits.items()
     }
