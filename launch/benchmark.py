@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from launch.benchmark_measure import DisagreementError, medians, spread
 from launch.benchmark_report import Row, tables
 from launch.benchmark_resident import ResidentError, resident_bytes, resident_supported
 from launch.errors import UserError, exit_with
+from ttt_dist.ops import describe_scan
 from ttt_dist.ops.dual_form import dual_form
 
 DEFAULT = {  # (B, H, d, h, C): lengths
@@ -272,7 +272,6 @@ def compare(what: str, case: Case, settings: Settings, seed: int) -> float:
 
 def run(settings: Settings) -> Iterator[Row]:
     """Rows as they are measured. Raises DisagreementError, before that case is timed."""
-    machine = platform.processor() or platform.machine()
     done: dict[tuple[str, Case | None], Row] = {}
     for what in settings.what:
         for case in settings.cases:
@@ -283,19 +282,19 @@ def run(settings: Settings) -> Iterator[Row]:
             first = measure.timed_step(_fast_side(what, case, settings), seed, case.device).total
             difference = compare(what, case, settings, seed)
             found = (measure_scan if what == "scan" else measure_layer)(case, settings, seed)
-            on_gpu = case.device.type == "cuda"
             row: Row = {
                 "what": what,
                 "op": case.inner,
                 **{size: getattr(case, size) for size in ("B", "H", "d", "h", "C", "L")},
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "device": case.device.type,
-                "device_name": torch.cuda.get_device_name(case.device) if on_gpu else machine,
+                "device_name": measure.device_name(case.device),
                 "threads": settings.threads,
                 "torch": torch.__version__,
                 "pairs": settings.pairs,
                 "group_size": settings.group_size,
                 "compiled": settings.compiled,
+                "code": describe_scan(1 if case.inner == "linear" else 2, case.device, case.dtype),
                 "first_seconds": first,
                 "worst_difference": difference,
                 **found,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,13 @@ def medians(steps: Sequence[Seconds]) -> dict[str, float]:
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     """Median, least and most, as columns of a row."""
     return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or of the processor as far as Python knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,8 +14,8 @@ time: median of forward + backward, ms; faster: the twin's time over ours in the
 and (least - most) over the pairs; memory: most MiB of tensors alive at once beyond the inputs, and
 its ratio to the twin's; resident: that ratio for all memory of a process of its own (--resident);
 t(L)/t(L/4) and m(L)/m(L/4): growth of time and memory from a quarter of the length; peak: share of
-the rate of large matrix products, measured before the row. Counted:
-{flops}."""
+the rate of torch's large matrix products, measured before the row. Counted:
+{flops}. Scans run by: {code}."""
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -40,9 +40,10 @@ def tables(rows: Sequence[Row]) -> str:
             f"In {len(busy)} of {len(rows)} rows the process got less than {FREE:.0%} of the wall\n"
             "time; others were at work. Compare by CPU time, or measure on a quiet machine.\n"
         )
-    parts.append(
-        _NOTES.format(flops="; ".join(dict.fromkeys(row["flops_counted"] for row in rows)))
+    flops, code = (
+        "; ".join(dict.fromkeys(row[key] for row in rows)) for key in ("flops_counted", "code")
     )
+    parts.append(_NOTES.format(flops=flops, code=code))
     return "\n".join(parts)
 
 

@@ -41,6 +41,7 @@ from ttt_dist.moshi.context import (
 )
 from ttt_dist.moshi.released_lora import released_adapters
 from ttt_dist.moshi.weights import init_adapters, init_ttt_weights, load_base_weights
+from ttt_dist.ops import describe_scan
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -73,6 +74,9 @@ def make_model(
     loaded_ttt = {name for name in loaded if is_ttt_parameter(name)}
     if loaded_ttt:
         say(f"TTT weights: {len(loaded_ttt)} tensors from the release")
+    if placement is not None:
+        depth = len(placement.layer.inner_widths) - 1
+        say(f"scan: {describe_scan(depth, device, compute)}")
     if layers and initialised == 0 and not loaded_ttt:
         raise RuntimeError("TTT is enabled, but no TTT parameter was initialised or loaded")
     if adapters is not None:

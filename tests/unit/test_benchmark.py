@@ -122,10 +122,11 @@ def test_a_layer_is_compared_with_its_twin(monkeypatch, capsys):
 
 
 @pytest.mark.integration  # compiling takes seconds
-def test_compiled_rows(capsys):
+def test_compiled_rows(capsys, tensor_code):
     assert benchmark.main([*TINY, "--compiled", "--what", "scan"]) == 0
     rows = [json.loads(s) for s in capsys.readouterr().out.splitlines() if s.startswith("{")]
     assert all(row["compiled"] for row in rows)
+    assert rows[0]["code"] == "tensor code (TTT_DIST_NATIVE is 0)"
     assert rows[0]["first_seconds"] > rows[0]["seconds"]
 
 

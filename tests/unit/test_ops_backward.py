@@ -12,6 +12,7 @@ from ttt_dist.ops.products import Products
 from ttt_dist.ops.state import InnerState
 
 INNER = ["mlp", "linear"]
+pytestmark = pytest.mark.usefixtures("either_code")
 
 
 @pytest.mark.parametrize("inner", INNER)

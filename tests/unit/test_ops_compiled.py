@@ -13,7 +13,10 @@ from ttt_dist.ops.dual_form import dual_form
 from ttt_dist.ops.pointwise import Compiled
 from ttt_dist.ops.state import InnerState
 
-pytestmark = pytest.mark.integration  # compiling takes a few seconds a shape
+pytestmark = [
+    pytest.mark.integration,  # compiling takes a few seconds a shape
+    pytest.mark.usefixtures("tensor_code"),  # C++ kernels have nothing left to compile
+]
 INNER = ["mlp", "linear"]
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
 

@@ -17,6 +17,8 @@ from ttt_dist.ops import (
     ttt_mlp,
 )
 
+pytestmark = pytest.mark.usefixtures("either_code")
+
 GOLDENS = Path(__file__).parents[1] / "assets" / "goldens"
 # That code truncates GELU's constants, which moves outputs by 1e-9 and gradients by 1e-8;
 # TTT-Linear has no GELU and agrees to 1e-14.

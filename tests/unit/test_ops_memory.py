@@ -8,8 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.ops_cases import OPS, gradients, make_case, objective
-from ttt_dist.ops import grouped_scan, scan_op
+from ttt_dist.ops import scan_op
 from ttt_dist.ops.dual_form import dual_form
+
+pytestmark = pytest.mark.usefixtures("either_code")
 
 
 class Recorder(TorchDispatchMode):
@@ -25,9 +27,8 @@ class Recorder(TorchDispatchMode):
             self.scans += 1
             inputs = scan_op._inputs(args[:14])
             with self, torch.no_grad():
-                if func == scan_op.SCAN:
-                    return grouped_scan.scan_forward(inputs)
-                return grouped_scan.scan_backward(inputs, *args[14:])
+                code = scan_op._implementation(inputs)
+                return (code.forward if func == scan_op.SCAN else code.backward)(inputs, *args[14:])
         out = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.host_reads += 1

@@ -79,6 +79,7 @@ def keep_scans(ctx, func, *args, **kwargs):
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
+@pytest.mark.usefixtures("tensor_code")  # its calls can be counted
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 @pytest.mark.parametrize("carried", [False, True])
 def test_at_most_two_forwards_a_step(monkeypatch, inner, carried):
@@ -162,6 +163,7 @@ def test_fake_tensors_give_shapes_and_gradients(inner):
     assert all(grads[n].shape == t.shape for n, t in case.x.items())
 
 
+@pytest.mark.usefixtures("tensor_code")  # its products can be counted
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 def test_flops_are_those_of_the_products(inner):
     """Counted by the formula, and by torch inside the operator's code: biases, which ride along as

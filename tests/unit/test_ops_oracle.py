@@ -11,6 +11,8 @@ from tests.unit.ops_cases import gradients, make_case, objective, relative, stat
 from ttt_dist.ops import InnerState, reference_scan
 from ttt_dist.ops.reference import inner_network
 
+pytestmark = pytest.mark.usefixtures("either_code")
+
 TOLERANCE = 1e-10
 # B, H, L, C: L not a multiple of C, a multiple, C > L, one frame, C = 1, B and H of 1.
 SHAPES = [(2, 3, 11, 4), (1, 1, 12, 4), (2, 1, 3, 7), (1, 2, 1, 4), (3, 2, 5, 1), (1, 2, 13, 2)]

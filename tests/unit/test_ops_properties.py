@@ -27,6 +27,7 @@ def frames_moved(inner, causal, frame, name, carried):
     return (before != after).any(dim=-1).any(dim=1)[0]  # [L]
 
 
+@pytest.mark.usefixtures("either_code")
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 @pytest.mark.parametrize("name", FRAMES)
 @pytest.mark.parametrize("carried", [False, True])
@@ -45,6 +46,7 @@ def test_bidirectional_form_reads_ahead_within_a_mini_batch(inner):
     assert moved[4:].all()
 
 
+@pytest.mark.usefixtures("either_code")
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("twin", [False, True])
@@ -70,6 +72,7 @@ def test_checkpointing_changes_nothing(inner, carried, twin):
                 assert torch.equal(found, first[name]), name
 
 
+@pytest.mark.usefixtures("either_code")
 @pytest.mark.parametrize("inner", ["mlp", "linear"])
 def test_within_an_outer_checkpoint(inner):
     case = make_case(inner, 2, 2, 23, checkpoint_group_size=2)
@@ -83,6 +86,7 @@ def test_within_an_outer_checkpoint(inner):
     assert all(torch.equal(plain[n], nested[n]) for n in plain)
 
 
+@pytest.mark.usefixtures("either_code")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode):
     case = make_case("mlp", 2, 2, 11)

@@ -11,6 +11,8 @@ import torch
 from tests.unit.ops_cases import gradients, make_case, objective, relative, state_errors
 from ttt_dist.ops import InnerState, reference_scan
 
+pytestmark = pytest.mark.usefixtures("either_code")
+
 TOLERANCE = 1e-10
 
 

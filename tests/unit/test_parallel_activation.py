@@ -12,6 +12,7 @@ from tests.distributed.tiny import TTT_LAYERS, random_codes
 from tests.unit.moshi_cases import active_hybrid_model, set_windows, total_loss
 from ttt_dist.moshi.build import depformer_layers, transformer_layers
 from ttt_dist.ops import scan_op
+from ttt_dist.ops.implementations import Implementation
 
 FRAMES = 21
 
@@ -30,14 +31,22 @@ def scans(monkeypatch):
     with one run of each a step computes the scan forward twice.
     """
     counted = Counter()
-    for name in ("scan_forward", "scan_backward"):
-        original = getattr(scan_op, name)
+    choose = scan_op.implementation
 
-        def run(*args, name=name, original=original):
-            counted[name] += 1
-            return original(*args)
+    def counting(*args):
+        chosen = choose(*args)
 
-        monkeypatch.setattr(scan_op, name, run)
+        def forward(*args):
+            counted["forward"] += 1
+            return chosen.forward(*args)
+
+        def backward(*args):
+            counted["backward"] += 1
+            return chosen.backward(*args)
+
+        return Implementation(chosen.name, forward, backward)
+
+    monkeypatch.setattr(scan_op, "implementation", counting)
     return counted
 
 
@@ -68,7 +77,7 @@ def test_recomputation_changes_no_bit_and_runs_the_scan_twice(inner_model, recom
     codes = random_codes(2, FRAMES)
     kept = gradients(model, codes)
     assert set(passes.values()) == {1}
-    once = {"scan_forward": len(TTT_LAYERS), "scan_backward": len(TTT_LAYERS)}
+    once = {"forward": len(TTT_LAYERS), "backward": len(TTT_LAYERS)}
     assert scans == once
     scans.clear()
 

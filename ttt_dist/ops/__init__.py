@@ -7,6 +7,7 @@ out, state = ttt_mlp(q, k, v, eta, ln_weight, ln_bias, state, mini_batch_size=16
 
 from torch._ops import OpOverload
 
+from ttt_dist.ops.implementations import describe_scan
 from ttt_dist.ops.reference import reference_scan
 from ttt_dist.ops.rope import apply_rope, rope_table, stream_positions
 from ttt_dist.ops.scan_op import SCAN
@@ -31,6 +32,7 @@ __all__ = [
     "InnerState",
     "apply_rope",
     "deep_mlp_state",
+    "describe_scan",
     "linear_state",
     "mlp_state",
     "reference_scan",

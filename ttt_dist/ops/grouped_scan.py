@@ -1,13 +1,11 @@
-"""A whole scan, forward and backward, group by group: packing, and the choice of kernels.
+"""A whole scan in tensor code, forward and backward, group by group, on any device.
 
 Only the weights between groups are kept for backward, which computes each group's mini-batches once
-more. `forward_kernels` and `backward_kernels` are the one place where a device or a shape chooses
-an implementation.
+more. Here groups are packed; `mlp_forward`, `mlp_backward` and `linear_group` compute them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,38 +17,19 @@ from ttt_dist.ops.linear_group import LinearGroup
 from ttt_dist.ops.mlp_backward import MlpBackward
 from ttt_dist.ops.mlp_forward import MlpForward
 from ttt_dist.ops.products import Products
+from ttt_dist.ops.scan_inputs import ScanInputs, empty_borders
 
 _SLAB_VALUES = 2**16
 _FORWARD_PIECE = 32  # mini-batches packed at once in forward, however long a group is
 
 
-@dataclass(frozen=True)
-class ScanInputs:
-    """Arguments of one scan; shapes as in `ttt_dist.ops.scan_op`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    eta: Tensor
-    gamma: Tensor
-    beta: Tensor
-    weights: list[Tensor]
-    pending: list[Tensor]
-    end: Tensor
-    mini_batch_size: int
-    causal: bool
-    eps: float
-    group_size: int
-    compiled: bool
-
-
-class ForwardKernels(Protocol):
+class ForwardGroups(Protocol):
     """Runs one group at a time; `MlpForward` documents arguments."""
 
     def forward(self, frames: Frames, weights: list[Tensor]) -> Tensor: ...
 
 
-class BackwardKernels(Protocol):
+class BackwardGroups(Protocol):
     """Walks back through one group at a time; `MlpBackward` documents arguments."""
 
     def backward(
@@ -58,17 +37,7 @@ class BackwardKernels(Protocol):
     ) -> FrameGradients: ...
 
 
-def group_starts(length: int, mini_batch_size: int, group_size: int) -> range:
-    """First mini-batch of every group."""
-    return range(0, -(-length // mini_batch_size), group_size)
-
-
-def forward_kernels(inputs: ScanInputs) -> ForwardKernels:
-    """The implementation for these inputs' device and shapes.
-
-    Tensor code that runs on any device. A fused kernel belongs here and in `backward_kernels`, for
-    the devices and shapes that it can do.
-    """
+def _forward_groups(inputs: ScanInputs) -> ForwardGroups:
     B, H, _, d = inputs.q.shape
     C, like = inputs.mini_batch_size, inputs.weights[0]
     if len(inputs.weights) == 2:
@@ -77,8 +46,7 @@ def forward_kernels(inputs: ScanInputs) -> ForwardKernels:
     return MlpForward(_settings(inputs), B * H, C, d, like.shape[-1], like)
 
 
-def backward_kernels(inputs: ScanInputs) -> BackwardKernels:
-    """As `forward_kernels`."""
+def _backward_groups(inputs: ScanInputs) -> BackwardGroups:
     B, H, _, d = inputs.q.shape
     C, like, n = inputs.mini_batch_size, inputs.weights[0], _group(inputs)
     if len(inputs.weights) == 2:
@@ -92,7 +60,7 @@ def backward_kernels(inputs: ScanInputs) -> BackwardKernels:
 
 def _group(inputs: ScanInputs) -> int:
     """Mini-batches of the longest group."""
-    return min(inputs.group_size, -(-inputs.q.shape[2] // inputs.mini_batch_size))
+    return min(inputs.group_size, inputs.mini_batches)
 
 
 def _settings(inputs: ScanInputs) -> Settings:
@@ -110,19 +78,18 @@ def _settings(inputs: ScanInputs) -> Settings:
 
 def scan_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Outputs `[B, H, L, d]`, weights after the scan, and those before every group, packed."""
-    B, L, C = inputs.q.shape[0], inputs.q.shape[2], inputs.mini_batch_size
-    kernels = forward_kernels(inputs)
+    B, C = inputs.q.shape[0], inputs.mini_batch_size
+    groups = _forward_groups(inputs)
     weights = _pack_weights(inputs.weights)
     out = torch.empty_like(inputs.q, memory_format=torch.contiguous_format)
-    starts = group_starts(L, C, inputs.group_size)
-    borders = [w.new_empty(len(starts), *w.shape) for w in weights]
-    for i, start in enumerate(starts):
+    borders = empty_borders(inputs)
+    for i, start in enumerate(inputs.group_starts):
         for border, w in zip(borders, weights, strict=True):
             border[i].copy_(w)
-        stop = min(start + inputs.group_size, -(-L // C))
+        stop = min(start + inputs.group_size, inputs.mini_batches)
         for first in range(start, stop, _FORWARD_PIECE):
             last = min(first + _FORWARD_PIECE, stop)
-            y = kernels.forward(_pack_frames(inputs, first, last), weights)
+            y = groups.forward(_pack_frames(inputs, first, last), weights)
             _unpack(y, out[:, :, first * C : last * C])
     return out, _unpack_weights(weights, B), borders
 
@@ -137,9 +104,9 @@ def scan_backward(
         d_out: `[B, H, L, d]`, any dtype.
         d_weights: gradients of the returned weights.
     """
-    B, H, L, d = inputs.q.shape
+    B, H, _, d = inputs.q.shape
     C = inputs.mini_batch_size
-    kernels = backward_kernels(inputs)
+    groups = _backward_groups(inputs)
     dtype = inputs.weights[0].dtype
     dq, dk, dv, d_eta = (
         torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -148,12 +115,10 @@ def scan_backward(
     U = _pack_weights(d_weights)
     d_gamma, d_beta = (torch.zeros(B * H, 1, d, dtype=dtype, device=d_out.device) for _ in "gb")
     d_pending: list[Tensor] = []
-    starts = group_starts(L, C, inputs.group_size)
-    for i in reversed(range(len(starts))):
-        start = starts[i]
+    for i, start in reversed(list(enumerate(inputs.group_starts))):
         frames = _pack_frames(inputs, start, start + inputs.group_size)
         piece = slice(start * C, (start + inputs.group_size) * C)
-        grads = kernels.backward(
+        grads = groups.backward(
             frames,
             [border[i] for border in borders],
             _pack(d_out[:, :, piece], C, dtype),

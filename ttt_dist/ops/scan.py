@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ttt_dist.ops import native
 from ttt_dist.ops.checks import ScanArguments, check_scan_arguments
 from ttt_dist.ops.mini_batch import (
     InnerNorm,
@@ -43,14 +44,15 @@ class Loop:
     group_size: int | None
     compiled: bool
 
-    def group_for(self, mini_batches: int) -> int:
+    def group_for(self, mini_batches: int, heads: int = 1, at_once: int = 1) -> int:
         """Mini-batches a group: near the square root of all where none is asked for.
 
         Below it, since a mini-batch of the group at work holds its tokens' hidden values beside a
-        state, nearly twice as much as the state that is kept for each group.
+        state, nearly twice as much as the state that is kept for each group; and longer, where only
+        some of the heads (of all lanes), `at_once`, have a group at work.
         """
         if self.group_size is None:
-            return max(1, round(0.75 * math.sqrt(mini_batches)))
+            return max(1, round(0.75 * math.sqrt(mini_batches * heads / at_once)))
         return self.group_size or mini_batches
 
 
@@ -100,7 +102,13 @@ def fused_segments(
     """
     mini_batches = -(-tokens.length // loop.mini_batch_size)
     # States between groups are there for backward alone.
-    group = loop.group_for(mini_batches) if torch.is_grad_enabled() else mini_batches
+    group = mini_batches
+    if torch.is_grad_enabled():
+        heads = weights[0].shape[0] * weights[0].shape[1]
+        # C++ kernels take heads one by one (a thread), tensor code all at once.
+        q, W1 = tokens.q, weights[0]
+        one_by_one = native.suits(len(weights) // 2, q.device, q.dtype, W1.dtype)
+        group = loop.group_for(mini_batches, heads, 1 if one_by_one else heads)
     out, after, _ = SCAN(
         tokens.q, tokens.k, tokens.v, tokens.eta, norm.weight.squeeze(-2), norm.bias.squeeze(-2),
         list(weights), list(pending or ()), end,

@@ -8,8 +8,8 @@ a recomputed layer doesn't run the scan's forward a third time.
     first one of a mini-batch in all lanes. eta, gamma, beta, weights, pending: compute dtype.
 
 Returned borders, the weights before every group, `[groups, B H, rows + 1, columns]` a layer, are
-there for backward alone: no gradient flows through them. With `compiled` elementwise code is
-compiled inside the operator, which stays opaque to compilers around it.
+there for backward alone: no gradient flows through them. With `compiled` the elementwise part of
+tensor code is compiled inside the operator, which stays opaque to compilers around it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ttt_dist.ops.grouped_scan import ScanInputs, group_starts, scan_backward, scan_forward
+from ttt_dist.ops.implementations import Implementation, implementation
+from ttt_dist.ops.scan_inputs import ScanInputs, empty_borders
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor eta, Tensor gamma, Tensor beta, Tensor[] weights, "
@@ -53,29 +54,28 @@ def _inputs(args: Sequence[Any]) -> ScanInputs:
     return ScanInputs(q, k, v, eta, gamma, beta, list(weights), list(pending), *rest)
 
 
+def _implementation(x: ScanInputs) -> Implementation:
+    return implementation(len(x.weights) // 2, x.q.device, x.q.dtype, x.weights[0].dtype)
+
+
 def _scan(*args: Any) -> Outputs:
     inputs = _inputs(args)
     # One grad mode, whoever calls: compiled code exists once a mode.
     with torch.no_grad(), without_autocast(inputs.q.device.type):
-        return scan_forward(inputs)
+        return _implementation(inputs).forward(inputs)
 
 
 def _scan_backward(*args: Any) -> list[Tensor]:
     *forward_args, borders, d_out, d_weights = args
     inputs = _inputs(forward_args)
     with torch.no_grad(), without_autocast(inputs.q.device.type):
-        return scan_backward(inputs, list(borders), d_out, list(d_weights))
+        return _implementation(inputs).backward(inputs, list(borders), d_out, list(d_weights))
 
 
 def _scan_fake(*args: Any) -> Outputs:
     x = _inputs(args)
-    groups = len(group_starts(x.q.shape[2], x.mini_batch_size, x.group_size))
     weights = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in x.weights]
-    borders = []
-    for W in weights[::2]:
-        B, H, rows, columns = W.shape
-        borders.append(W.new_empty(groups, B * H, rows + 1, columns))
-    return torch.empty_like(x.q, memory_format=torch.contiguous_format), weights, borders
+    return torch.empty_like(x.q, memory_format=torch.contiguous_format), weights, empty_borders(x)
 
 
 def _scan_backward_fake(*args: Any) -> list[Tensor]:

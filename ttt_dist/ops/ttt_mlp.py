@@ -37,7 +37,9 @@ def ttt_mlp(
     mini-batch borders); the result is that of one call. Differentiable in all tensors, those of the
     initial and of the returned state included.
 
-    The state's depth chooses the path. Two layers run as one operator with a hand-written backward.
+    The state's depth chooses the path. Two layers run as one operator with a hand-written backward,
+    in tensor code on any device, and on CPUs, where all tensors are float32 or float64, by C++
+    kernels (`ttt_dist.ops.native`).
     Three to five run by autograd through the same dual form, with a gradient checkpoint a group:
     slower, and under activation checkpointing, which can't keep their outputs, their forward is
     computed three times a step instead of twice. The contract is the same.
@@ -62,8 +64,9 @@ def ttt_mlp(
             the state between such groups is kept. None takes about the square root of their number,
             which needs the least memory; 0 makes a single group (with three layers or more: keeps
             everything, and computes nothing again).
-        compiled: elementwise code of the operator is compiled by `torch.compile` at the first call
-            of its shape (static; one mini-batch and one slab of them). For 2 layers.
+        compiled: elementwise parts of tensor code are compiled by `torch.compile` at the first call
+            of its shape (static; one mini-batch and one slab of them). For 2 layers. C++ kernels
+            have nothing left to compile.
 
     Returns:
         `[B, H, L, d]` in q's dtype, and the state after the last frame.
