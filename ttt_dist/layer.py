@@ -30,6 +30,7 @@ from ttt_dist.reading import Reading
 
 POST_NORM_EPS = 1e-6
 STD_EPS = 1e-8
+LENGTH_EPS = 1e-12
 INIT_STD = 0.02
 
 
@@ -129,8 +130,8 @@ class TTTLayer(nn.Module):
 
         q, k, v = (self._project(layer, x_local) for layer in (self.wq, self.wk, self.wv))
         cos, sin = rope_table(self.config.head_dim, C, base=self.config.rope_base, device=x.device)
-        q = apply_rope(F.normalize(q, dim=-1), cos, sin, positions)  # [B, H, L, d]
-        k = apply_rope(F.normalize(k, dim=-1), cos, sin, positions)
+        q = apply_rope(unit_vectors(q), cos, sin, positions)  # [B, H, L, d]
+        k = apply_rope(unit_vectors(k), cos, sin, positions)
         norm_weight = self._own_heads(self.ttt_norm_weight)  # [H, d]
         norm_bias = self._own_heads(self.ttt_norm_bias)
         v = reconstruction_target(k, v, norm_weight, norm_bias)
@@ -213,6 +214,16 @@ def initial_value(name: str, value: Tensor, generator: torch.Generator | None = 
         value.normal_(0.0, INIT_STD, generator=generator)
 
 
+def unit_vectors(x: Tensor) -> Tensor:
+    """`x` `[..., d]` divided by its length; zeros stay zeros.
+
+    As `torch.nn.functional.normalize`, whose gradient at zero is 10^12 times what comes in: a frame
+    without any token (-1 in all rows) is a zero here while biases are zero.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length.clamp_min(LENGTH_EPS), 1.0)
+
+
 def reconstruction_target(k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the inner network learns to give for `k`: the normalised `v - k`, plus `k`.
 
@@ -225,7 +236,8 @@ def reconstruction_target(k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) ->
     u = v - k
     mean = u.mean(dim=-1, keepdim=True)
     std = u.std(dim=-1, keepdim=True, correction=1)
-    normalised = (u - mean) / (std + STD_EPS)
+    # All values alike: 0 over any number, whose gradient would be 10^8 times what comes in.
+    normalised = (u - mean) / torch.where(std > 0, std + STD_EPS, 1.0)
     return weight[:, None, :].to(u.dtype) * normalised + bias[:, None, :].to(u.dtype) + k
 
 

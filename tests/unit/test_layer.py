@@ -117,6 +117,27 @@ def test_padded_frames_leave_the_stream_as_it_was():
     assert relative_error(y[1:], expected) < 1e-10
 
 
+@pytest.mark.parametrize("inner_model", ["mlp", "linear"])
+def test_a_frame_without_any_token_spoils_no_gradient(inner_model):
+    """Fresh biases are zero, so a frame of zeros has queries, keys and values of length zero.
+    Gradients of what has no direction are those of an ordinary frame, not 10^11 times as large."""
+    torch.manual_seed(0)
+    layer = TTTLayer(TTTConfig(model_dim=16, num_heads=2, mini_batch_size=4, inner_model=inner_model))
+    x, weights = torch.randn(2, 1, 11, 16)
+    found = []
+    for frame in (None, 6):
+        x = x.detach().clone()
+        if frame is not None:
+            x[:, frame] = 0.0
+        layer.zero_grad()
+        (layer(x.requires_grad_())[0] * weights).sum().backward()
+        found.append({n: p.grad for n, p in layer.named_parameters()} | {"x": x.grad})
+    ordinary, with_zeros = found
+    for name, grad in with_zeros.items():
+        assert grad.isfinite().all(), name
+        assert grad.norm() < 100 * ordinary[name].norm() + 1e-6, name
+
+
 def test_bfloat16_keeps_a_float32_state():
     layer = make_layer().bfloat16()
     y, state = layer(torch.randn(1, 11, 24, dtype=torch.bfloat16))
