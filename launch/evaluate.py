@@ -49,14 +49,9 @@ from launch.evaluate_plan import Evaluation, check_evaluation
 from launch.evaluate_report import Result, printed_tables, write_report
 from launch.evaluate_subjects import Subject
 from launch.export import refuse_existing
-from launch.inference import (
-    CHECKPOINT_HELP,
-    chosen_device,
-    describe_model,
-    load_model,
-    telling_mistakes,
-)
+from launch.inference import chosen_device, telling_mistakes
 from launch.inner_loop import InnerLossCurves
+from launch.model_source import CHECKPOINT_HELP, describe_model, load_model
 from launch.setup import say
 from parallel.checkpoint_manifest import content_problems
 from parallel.mesh import (

@@ -13,8 +13,14 @@ from moshi.models.loaders import CheckpointInfo
 from launch.config import TrainConfig
 from launch.errors import UserError
 from launch.evaluate_minutes import TTTMode
-from launch.inference import ModelSource, find_checkpoint, open_source, release_source, run_config
 from launch.model_checks import piecewise_problems, splitting_problems
+from launch.model_source import (
+    ModelSource,
+    find_checkpoint,
+    open_source,
+    release_source,
+    run_config,
+)
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.encode import mimi_config_problems
 from ttt_dist.data.interleave import FRAME_RATE

@@ -44,12 +44,11 @@ from launch.generate_audio import MoshiAudio, UserAudio
 from launch.inference import (
     add_model_arguments,
     chosen_device,
-    find_checkpoint,
     load_talker,
-    open_source,
     sampling_of,
     telling_mistakes,
 )
+from launch.model_source import find_checkpoint, open_source
 from ttt_dist.data.audio import FRAME_SAMPLES, SAMPLE_RATE
 from ttt_dist.data.interleave import FRAME_RATE
 

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from launch.config import REPO_ROOT, TrainConfig, load_config, utc_timestamp
 from launch.errors import UserError, exit_with
-from launch.inference import ModelSource, load_model
 from launch.make_demo_base import DEFAULT_OUT, DemoBaseError
 from launch.make_memory_data import (
     CONFIG,
@@ -39,6 +38,7 @@ from launch.make_memory_data import (
 )
 from launch.memory_report import Curve, MemoryResult, Point, write_result
 from launch.memory_task import NEW, RETURNING, MemoryTask
+from launch.model_source import ModelSource, load_model
 from launch.run_checkpoints import choose_checkpoint
 from launch.setup import attention_windows, model_dtypes, ttt_placement
 from parallel.checkpoint_metadata import CheckpointError
@@ -113,7 +113,7 @@ def _train(run: str, work: Path, settings: Sequence[str]) -> tuple[float, str]:
 def load_run(folder: Path) -> tuple[TTTMoshi, TrainConfig]:
     """The model of a run after its last step, whole, in eval mode on the CPU.
 
-    (`launch.inference.open_source` refuses one that looks ahead: it can't talk.)
+    (`launch.model_source.open_source` refuses one that looks ahead: it can't talk.)
     """
     config = load_config(folder / "config.yaml")
     release = open_release(**config.moshi_paths.model_dump())

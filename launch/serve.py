@@ -37,12 +37,11 @@ from launch.inference import (
     Talker,
     add_model_arguments,
     chosen_device,
-    find_checkpoint,
     load_talker,
-    open_source,
     sampling_of,
     telling_mistakes,
 )
+from launch.model_source import find_checkpoint, open_source
 from launch.moshi_server import server_state_class
 
 CHAT = "/api/chat"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from launch.evaluate import main as evaluate
-from launch.inference import find_checkpoint, load_model, open_source
+from launch.model_source import find_checkpoint, load_model, open_source
 from tests.integration.runs import TIMEOUT, single
 from tests.ranks import REPO, run_ranks
 from tests.unit.data_cases import stereo

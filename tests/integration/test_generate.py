@@ -11,7 +11,8 @@ from moshi.run_inference import InferenceState
 
 from launch.export import main as export
 from launch.generate import main as generate
-from launch.inference import find_checkpoint, load_model, load_talker, open_source
+from launch.inference import load_talker
+from launch.model_source import find_checkpoint, load_model, open_source
 from tests.integration.runs import side_by_side
 from tests.ranks import REPO
 from tests.wav import write_wav

@@ -19,7 +19,8 @@ from torch import Tensor
 from launch.conversation import Conversation
 from launch.conversation_file import Identity, SavedConversation, check_new, save_conversation
 from launch.errors import UserError
-from launch.inference import Talker, load_talker, open_source
+from launch.inference import Talker, load_talker
+from launch.model_source import open_source
 from tests.unit.release_cases import write_ttt_release
 from ttt_dist.data.audio import FRAME_SAMPLES
 from ttt_dist.moshi.fingerprint import fingerprint

@@ -17,7 +17,8 @@ from launch.conversation import Conversation
 from launch.errors import UserError
 from launch.generate import main
 from launch.generate_audio import MoshiAudio, MoshiText, UserAudio
-from launch.inference import load_model, load_talker, open_source
+from launch.inference import load_talker
+from launch.model_source import load_model, open_source
 from launch.release_settings import read_ttt_section
 from parallel.checkpoint_manifest import write_manifest
 from tests.ranks import REPO
@@ -233,7 +234,7 @@ def test_a_release_without_ttt_talks_as_stock_moshi(demo_base):
     source = open_source(demo_base, None, torch.device("cpu"))
     talker = load_talker(source)
     assert "attention context: other layers=3000 (4 layers)" in talker.lines
-    assert "no TTT layers: it talks as stock Moshi does" in talker.lines
+    assert "no TTT layers: stock Moshi" in talker.lines
     user = np.random.default_rng(0).normal(0, 0.1, (20, FRAME_SAMPLES)).astype(np.float32)
     torch.manual_seed(1)
     with Conversation(talker.model, talker.codec, {}) as conversation:

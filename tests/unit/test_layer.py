@@ -122,7 +122,9 @@ def test_a_frame_without_any_token_spoils_no_gradient(inner_model):
     """Fresh biases are zero, so a frame of zeros has queries, keys and values of length zero.
     Gradients of what has no direction are those of an ordinary frame, not 10^11 times as large."""
     torch.manual_seed(0)
-    layer = TTTLayer(TTTConfig(model_dim=16, num_heads=2, mini_batch_size=4, inner_model=inner_model))
+    layer = TTTLayer(
+        TTTConfig(model_dim=16, num_heads=2, mini_batch_size=4, inner_model=inner_model)
+    )
     x, weights = torch.randn(2, 1, 11, 16)
     found = []
     for frame in (None, 6):
