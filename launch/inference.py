@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ from moshi.models.loaders import CheckpointInfo
 from launch.errors import UserError, exit_with
 from launch.model_source import CHECKPOINT_HELP, ModelSource, describe_model, load_model
 from parallel.checkpoint import CheckpointError
-from parallel.device import device_type, local_device
+from parallel.device import hide_gpus, local_device
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.encode import Codec, load_codec
 from ttt_dist.data.manifest import DataError
@@ -103,10 +101,8 @@ def sampling_of(arguments: argparse.Namespace, release: CheckpointInfo) -> dict[
 
 def chosen_device(name: str) -> torch.device:
     """The device that `--device` names. For "cpu" beside a GPU the process starts over."""
-    if name == "cpu" and device_type() != "cpu":
-        # Libraries choose their device when they are imported, so start over without GPUs.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    if name == "cpu":
+        hide_gpus()
     return local_device()
 
 

@@ -55,7 +55,7 @@ from launch.watchdog import Watchdog
 from parallel.checkpoint import Progress, list_checkpoints
 from parallel.checkpoint_metadata import CheckpointError
 from parallel.checkpoint_saver import CheckpointSaver, Keep, SaveError
-from parallel.device import device_type, local_device
+from parallel.device import device_type, hide_gpus, local_device
 from parallel.mesh import (
     Layout,
     build_mesh,
@@ -143,7 +143,6 @@ def train(start: Start) -> None:
         flops = {frames: flops_per_frame(model, frames) for frames in feeds.lengths}
         logs_health = config.ttt.log_inner_loop_losses and has_ttt(config)
         plots = config.ttt.save_inner_loop_plots and has_ttt(config)
-        plot_dir = Path(config.ttt.inner_loop_plot_dir or folder.inner_loop)
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
         sample_guard = SampleGuard(config.data.max_bad_samples, counters)
 
@@ -180,6 +179,7 @@ def train(start: Start) -> None:
             )
             values = held_out_losses(inner)
             if inner is not None:
+                plot_dir = Path(config.ttt.inner_loop_plot_dir or folder.inner_loop)
                 inner.save(plot_dir / f"step-{step:06d}", f"inner losses after step {step}")
             if step == config.max_steps and config.ttt.enable:
                 # What the trained TTT layers contribute: the same data with their gates at zero.
@@ -335,10 +335,8 @@ def main(arguments: list[str]) -> None:
             rank=int(os.environ.get("RANK", "0")),
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
-        if start.config.device == "cpu" and device_type() != "cpu":
-            # Libraries choose their device when they are imported, so start over without GPUs.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-            os.execv(sys.executable, [sys.executable, *sys.argv])
+        if start.config.device == "cpu":
+            hide_gpus()
         train(start)
     except UserError as error:
         exit_with(error)

@@ -44,7 +44,7 @@ from launch.verify_case import FRAMES, Case, loss_config, make_model, read_case
 from launch.verify_compare import Check, Trained, compare
 from launch.verify_report import Memory, TrafficCounter
 from parallel.carry import empty_carry
-from parallel.device import device_type, local_device
+from parallel.device import hide_gpus, local_device
 from parallel.mesh import (
     Layout,
     Mesh,
@@ -304,10 +304,8 @@ def main(arguments: list[str]) -> int:
         )
     except UserError as error:
         exit_with(error)
-    if case.config.device == "cpu" and device_type() != "cpu":
-        # Libraries choose their device when they are imported, so start over without GPUs.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    if case.config.device == "cpu":
+        hide_gpus()
     return 0 if verify(case) else 1
 
 

@@ -7,6 +7,7 @@ runs on, falls back to CUDA where there is none, and then fails in its first cal
 from __future__ import annotations
 
 import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,16 @@ def local_device() -> torch.device:
     if device_type() == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def hide_gpus() -> None:
+    """For work on a CPU: where this process sees GPUs, it starts over with the same command line.
+
+    Libraries choose their device when they are imported, so hiding them now is too late.
+    """
+    if device_type() != "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def _use_cpu_in_torchtitan() -> None:
