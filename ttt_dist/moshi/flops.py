@@ -21,8 +21,7 @@ def flops_per_frame(model: LMModel, frames: int) -> float:
 
     Args:
         model: on any device, sharded or not.
-        frames: `T` of a sample; attention sees `min(T, context)` at most, half of it on average
-            where the window is the whole sample.
+        frames: `T` of a sample.
     """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -37,11 +36,16 @@ def flops_per_frame(model: LMModel, frames: int) -> float:
     )
     operations = 2.0 * weights
     for layer in transformer_layers(model):
-        context = layer.self_attn.context
-        seen = (frames + 1) / 2 if context is None else min((frames + 1) / 2, context)
+        seen = _frames_seen(frames, layer.self_attn.context)
         operations += 4 * model.dim * seen  # scores and values
         if layer.ttt is not None:
             first, *others = layer.ttt.layer.inner_parameters()[::2]
             operations += 2 * _FIRST_PRODUCTS * first.numel()
             operations += 2 * _PRODUCTS * sum(W.numel() for W in others)
     return 3 * operations
+
+
+def _frames_seen(frames: int, context: int | None) -> float:
+    """How many frames attention sees on average: frame t sees `min(t, context)`, itself included."""
+    window = frames if context is None else min(frames, context)
+    return window - window * (window - 1) / (2 * frames)
