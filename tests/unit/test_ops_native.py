@@ -1,5 +1,7 @@
 """The C++ kernels beside the definition, at a model's sizes and at odd ones; building them."""
 
+import platform
+import shlex
 import subprocess
 import warnings
 
@@ -64,8 +66,12 @@ def results(case, op=ttt_mlp, fed=0):
 @pytest.mark.parametrize("causal", [True, False])
 def test_equal_the_twin_in_float64(dtype, H, d, h, C, L, fed, causal):
     """Outputs, state and gradients; both dtypes of kernels beside the twin in float64."""
-    fed = fed if causal else fed // C * C
-    case = case_of(H, d, h, C, L, causal=causal)
+    check_against_twin(
+        case_of(H, d, h, C, L, causal=causal), dtype, fed if causal else fed // C * C
+    )
+
+
+def check_against_twin(case, dtype, fed):
     slow = results(case, dual_form, fed)
     case.x = {n: t.detach().to(dtype).requires_grad_() for n, t in case.x.items()}
     fast = results(case, ttt_mlp, fed)
@@ -153,6 +159,17 @@ def test_built_once(unbuilt, monkeypatch):
     native.build.built.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)
     assert native.library().told == told
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its vectors")
+@pytest.mark.parametrize("without", ["avx512f", "avx"])
+def test_processors_with_shorter_vectors(unbuilt, monkeypatch, without):
+    """Other tiles, other padding."""
+    monkeypatch.setenv("CXX", shlex.join([*native.compiler(), f"-mno-{without}"]))
+    for dtype in TOLERANCE:
+        check_against_twin(case_of(2, 64, 128, 16, 75), dtype, 21)
+        check_against_twin(case_of(3, 20, 50, 5, 33), dtype, 7)
+    assert native.library().told.startswith(str(unbuilt))
 
 
 def test_without_a_compiler_tensor_code_runs(unbuilt, monkeypatch):

@@ -46,6 +46,6 @@ def flops_per_frame(model: LMModel, frames: int) -> float:
 
 
 def _frames_seen(frames: int, context: int | None) -> float:
-    """How many frames attention sees on average: frame t sees `min(t, context)`, itself included."""
+    """Frames that attention sees on average: frame t sees `min(t, context)`, itself included."""
     window = frames if context is None else min(frames, context)
     return window - window * (window - 1) / (2 * frames)
