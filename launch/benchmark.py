@@ -26,8 +26,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from launch import benchmark_measure as measure
-from launch.benchmark_cases import (
+from launch.benchmarking import measure
+from launch.benchmarking.cases import (
     FAST,
     Case,
     TwinLayer,
@@ -40,9 +40,9 @@ from launch.benchmark_cases import (
     scan_flops,
     scan_workload,
 )
-from launch.benchmark_measure import DisagreementError, medians, spread
-from launch.benchmark_report import Row, tables
-from launch.benchmark_resident import ResidentError, resident_bytes, resident_supported
+from launch.benchmarking.measure import DisagreementError, medians, spread
+from launch.benchmarking.report import Row, tables
+from launch.benchmarking.resident import ResidentError, resident_bytes, resident_supported
 from launch.errors import UserError, exit_with
 from ttt_dist.ops import describe_scan
 from ttt_dist.ops.dual_form import dual_form

@@ -28,10 +28,10 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from launch.batch_plan import carries_states, length_stages
 from launch.config import load_config, parse_command_line
+from launch.configuration.schema import TrainConfig
 from launch.errors import UserError, exit_with
-from launch.schema import TrainConfig
+from launch.feeding.batch_plan import carries_states, length_stages
 from ttt_dist.data.check import (
     FileReport,
     check_contents,

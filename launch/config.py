@@ -1,8 +1,8 @@
 """From a YAML file and `key.path=value` overrides to a checked `TrainConfig`, and back to YAML.
 
 Order: defaults < file < command line. `read_config` collects every problem and still returns a
-usable configuration, so that `launch.preflight` can add what it finds and a person hears all of it
-at once.
+usable configuration, so that `launch.configuration.preflight` can add what it finds and a person
+hears all of it at once.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -14,10 +14,17 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from launch import yaml_input
-from launch.config_keys import KEYS, SECTIONS, describe_error, describe_keys, is_text, key_path
+from launch.configuration import yaml_input
+from launch.configuration.keys import (
+    KEYS,
+    SECTIONS,
+    describe_error,
+    describe_keys,
+    is_text,
+    key_path,
+)
+from launch.configuration.schema import TrainConfig
 from launch.errors import UserError
-from launch.schema import TrainConfig
 
 __all__ = [
     "DEFAULT_CONFIG",

@@ -42,16 +42,16 @@ if __name__ == "__main__":
 import torch.distributed as dist
 from tqdm import tqdm
 
-from launch.encoding import encoding_over_ranks, problems_of_all_ranks
+from launch.commands import chosen_device, telling_mistakes
 from launch.errors import UserError
-from launch.evaluate_minutes import MINUTE_FRAMES, MinuteSums, TTTMode, stream_recordings
-from launch.evaluate_plan import Evaluation, check_evaluation
-from launch.evaluate_report import Result, printed_tables, write_report
-from launch.evaluate_subjects import Subject
+from launch.evaluation.minutes import MINUTE_FRAMES, MinuteSums, TTTMode, stream_recordings
+from launch.evaluation.plan import Evaluation, check_evaluation
+from launch.evaluation.report import Result, printed_tables, write_report
+from launch.evaluation.subjects import Subject
 from launch.export import refuse_existing
-from launch.inference import chosen_device, telling_mistakes
-from launch.inner_loop import InnerLossCurves
+from launch.feeding.encoding import encoding_over_ranks, problems_of_all_ranks
 from launch.model_source import CHECKPOINT_HELP, describe_model, load_model
+from launch.reporting.inner_loop import InnerLossCurves
 from launch.setup import say
 from parallel.checkpoint_manifest import content_problems
 from parallel.mesh import (

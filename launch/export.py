@@ -38,27 +38,27 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from tqdm import tqdm
 
+from launch.commands import telling_mistakes
 from launch.config import TrainConfig, load_config
-from launch.errors import UserError, exit_with
-from launch.export_config import (
+from launch.configuration.model_checks import lora_settings, ttt_section
+from launch.errors import UserError
+from launch.exporting.config_file import (
     MIMI_CONFIG_FILE,
     MOSHI_FILE,
     copied_files,
     names_inside,
     release_config,
 )
-from launch.export_tensors import TrainedTensors, tensor_specs
-from launch.model_checks import lora_settings, ttt_section
+from launch.exporting.tensors import TrainedTensors, tensor_specs
 from launch.run_checkpoints import choose_checkpoint
 from launch.setup import lay_out_model
-from parallel.checkpoint import CheckpointError, read_progress
+from parallel.checkpoint import read_progress
 from ttt_dist.moshi.build import is_ttt_parameter, lm_settings
 from ttt_dist.moshi.context import (
     check_attention_contexts,
     describe_attention_contexts,
     read_attention_contexts,
 )
-from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.lm_config import lm_config_problems
 from ttt_dist.moshi.release import names_elsewhere, open_release
 from ttt_dist.moshi.released_lora import ADAPTERS_FILE, released_adapters
@@ -295,7 +295,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Run the command; a person's mistake ends it with exit code 2 and one message."""
     options = parse_arguments(arguments)
-    try:
+    with telling_mistakes(TITLE):
         if options.out is not None:  # ahead of reading and hashing the checkpoint
             refuse_existing(options.out)
         plan = plan_export(
@@ -310,10 +310,6 @@ def main(arguments: Sequence[str]) -> None:
         out = options.out or options.run / f"export{kind}-step-{plan.step:06d}"
         print(plan.summary, flush=True)
         write_export(plan, out)
-    except UserError as error:
-        exit_with(UserError(error.problems, title=TITLE))
-    except (CheckpointError, ReleaseError) as error:
-        exit_with(UserError(str(error), title=TITLE))
     print(f"folder: {out}: {len(plan.specs)} tensors in {plan.file}")
 
 

@@ -37,18 +37,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from launch.conversation import Conversation
-from launch.conversation_file import Identity, SavedConversation, check_new, save_conversation
+from launch.commands import chosen_device, telling_mistakes
 from launch.errors import UserError
-from launch.generate_audio import MoshiAudio, UserAudio
-from launch.inference import (
+from launch.model_source import find_checkpoint, open_source
+from launch.talking.audio import MoshiAudio, UserAudio
+from launch.talking.conversation import Conversation
+from launch.talking.conversation_file import (
+    Identity,
+    SavedConversation,
+    check_new,
+    save_conversation,
+)
+from launch.talking.talker import (
+    TITLE,
     add_model_arguments,
-    chosen_device,
     load_talker,
     sampling_of,
-    telling_mistakes,
 )
-from launch.model_source import find_checkpoint, open_source
 from ttt_dist.data.audio import FRAME_SAMPLES, SAMPLE_RATE
 from ttt_dist.data.interleave import FRAME_RATE
 
@@ -195,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(command_line: Sequence[str]) -> None:
     """Run the command; a person's mistake ends it with exit code 2 and one message."""
     arguments = _parser().parse_args(command_line)
-    with telling_mistakes():
+    with telling_mistakes(TITLE):
         generate(arguments)
 
 

@@ -28,9 +28,9 @@ from moshi.models.loaders import _lm_kwargs, get_moshi_lm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launch.batch_plan import resolve_global_batch_size
 from launch.config import REPO_ROOT, TrainConfig, load_config
 from launch.errors import UserError, exit_with
+from launch.feeding.batch_plan import resolve_global_batch_size
 from launch.make_demo_base import DEFAULT_OUT, DemoBaseError, make_demo_base
 from launch.make_demo_base import FILES as BASE_FILES
 from launch.memory_task import CARD, CODEBOOKS, ROWS, MemoryTask

@@ -15,9 +15,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from launch.guards.step_guard import BadStep
+from launch.reporting.wandb_log import WandbLog
 from launch.run_folder import RunFolder
-from launch.step_guard import BadStep
-from launch.wandb_log import WandbLog
 
 GIB = 1024**3
 

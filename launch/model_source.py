@@ -15,12 +15,12 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 
 from launch.config import TrainConfig, load_config
+from launch.configuration.model_checks import lora_settings
+from launch.configuration.release_settings import read_ttt_section
+from launch.configuration.unbuilt import refuse_unbuilt
 from launch.errors import UserError
-from launch.model_checks import lora_settings
-from launch.release_settings import read_ttt_section
 from launch.run_checkpoints import choose_checkpoint, undamaged
 from launch.setup import attention_windows, model_dtypes, ttt_placement
-from launch.unbuilt import refuse_unbuilt
 from parallel.checkpoint import list_checkpoints, load_weights
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize

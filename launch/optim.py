@@ -8,7 +8,7 @@ from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
-from launch.schema import OptimConfig
+from launch.configuration.schema import OptimConfig
 
 # First match wins. Biases, norms and gates are not decayed; TTT has a learning rate of its own.
 _GROUPS: tuple[tuple[str, bool, bool], ...] = (  # (pattern of names, is TTT, decays)

@@ -22,9 +22,9 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from tqdm import tqdm
 
-from launch.batch_plan import carries_states, length_stages
 from launch.config import TrainConfig, load_config, parse_command_line
 from launch.errors import UserError, exit_with
+from launch.feeding.batch_plan import carries_states, length_stages
 from ttt_dist.data.cache import CodesCache, CodesSpec
 from ttt_dist.data.dataset import default_cache_folder
 from ttt_dist.data.encode import EncodeReport, encode_missing, load_codec, share_of

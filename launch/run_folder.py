@@ -195,8 +195,8 @@ def create_run_folder(
 ) -> RunFolder:
     """Create (or, with `resume`, open) `config.run_dir`; write `config.yaml` and `manifest.json`.
 
-    Call it on rank 0, after every rank has passed `launch.preflight` and a collective: a slower
-    rank would take the new folder for somebody else's.
+    Call it on rank 0, after every rank has passed `launch.configuration.preflight` and a
+    collective: a slower rank would take the new folder for somebody else's.
 
     Args:
         config: resolved: no `${time}`, and `global_batch_size` set.

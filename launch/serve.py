@@ -32,17 +32,17 @@ if __name__ == "__main__":
 import torch
 from aiohttp import WSCloseCode, web
 
+from launch.commands import chosen_device, telling_mistakes
 from launch.errors import UserError
-from launch.inference import (
+from launch.model_source import find_checkpoint, open_source
+from launch.talking.moshi_server import server_state_class
+from launch.talking.talker import (
+    TITLE,
     Talker,
     add_model_arguments,
-    chosen_device,
     load_talker,
     sampling_of,
-    telling_mistakes,
 )
-from launch.model_source import find_checkpoint, open_source
-from launch.moshi_server import server_state_class
 
 CHAT = "/api/chat"
 # For clients that are still waiting for their turn.
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(command_line: Sequence[str]) -> None:
     """Run the command; a person's mistake ends it with exit code 2 and one message."""
     arguments = _parser().parse_args(command_line)
-    with telling_mistakes():
+    with telling_mistakes(TITLE):
         serve(arguments)
 
 

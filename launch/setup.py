@@ -14,9 +14,9 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 
 from launch.config import TrainConfig, utc_timestamp
+from launch.configuration.model_checks import configured_ttt, lora_settings
 from launch.errors import UserError
-from launch.model_checks import configured_ttt, lora_settings
-from launch.parameter_table import parameter_table
+from launch.reporting.parameter_table import parameter_table
 from launch.run_checkpoints import other_data_problems
 from launch.run_folder import RunFolder
 from parallel.checkpoint import Progress, list_checkpoints, load_checkpoint

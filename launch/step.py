@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from launch.inner_loop import InnerLossCurves
+from launch.reporting.inner_loop import InnerLossCurves
 from parallel.fsdp import reduce_gradients_after
 from parallel.mesh import Mesh
 from parallel.reduce import sum_over_data_ranks

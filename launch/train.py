@@ -24,7 +24,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 import torch.distributed as dist
 
-from launch.batch_plan import describe_step, resolve_global_batch_size, resolve_lanes
 from launch.config import (
     describe_keys,
     has_ttt,
@@ -33,25 +32,26 @@ from launch.config import (
     resolve_run_dir,
     utc_timestamp,
 )
+from launch.configuration.preflight import Start, check_start, run_warnings
 from launch.errors import UserError, exit_with
-from launch.inner_loop import InnerLossCurves
+from launch.feeding.batch_plan import describe_step, resolve_global_batch_size, resolve_lanes
+from launch.feeding.stages import open_feeds
+from launch.guards.not_finite import where_not_finite
+from launch.guards.sample_guard import SampleGuard, refuse_broken_evaluation
+from launch.guards.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
+from launch.guards.stop_signals import StopSignals
+from launch.guards.watchdog import Watchdog
 from launch.make_demo_base import DemoBaseError, ensure_demo_base
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib
-from launch.not_finite import where_not_finite
 from launch.optim import build_optimizers, build_schedule
-from launch.plots import plot_losses
-from launch.preflight import Start, check_start, run_warnings
-from launch.profiling import open_profiler
+from launch.reporting.inner_loop import InnerLossCurves
+from launch.reporting.plots import plot_losses
+from launch.reporting.profiling import open_profiler
+from launch.reporting.ttt_health import ttt_health
+from launch.reporting.wandb_log import start_wandb
 from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
-from launch.sample_guard import SampleGuard, refuse_broken_evaluation
 from launch.setup import make_model, resume, say
-from launch.stages import open_feeds
 from launch.step import accumulate_gradients, evaluate
-from launch.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
-from launch.stop_signals import StopSignals
-from launch.ttt_health import ttt_health
-from launch.wandb_log import start_wandb
-from launch.watchdog import Watchdog
 from parallel.checkpoint import Progress, list_checkpoints
 from parallel.checkpoint_metadata import CheckpointError
 from parallel.checkpoint_saver import CheckpointSaver, Keep, SaveError

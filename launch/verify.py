@@ -33,16 +33,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from launch import verify_report as report
-from launch.batch_plan import carries_states
 from launch.errors import UserError, exit_with
-from launch.lanes import Lanes
+from launch.feeding.batch_plan import carries_states
+from launch.feeding.lanes import Lanes
 from launch.optim import build_optimizers
 from launch.setup import model_dtypes, say
 from launch.step import Microbatches, SeparatePieces, accumulate_gradients
-from launch.verify_case import FRAMES, Case, loss_config, make_model, read_case
-from launch.verify_compare import Check, Trained, compare
-from launch.verify_report import Memory, TrafficCounter
+from launch.verification import report
+from launch.verification.case import FRAMES, Case, loss_config, make_model, read_case
+from launch.verification.compare import Check, Trained, compare
+from launch.verification.report import Memory, TrafficCounter
 from parallel.carry import empty_carry
 from parallel.device import hide_gpus, local_device
 from parallel.mesh import (

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.inner_loop import CURVES, InnerLossCurves
-from launch.lanes import Lanes
-from launch.not_finite import where_not_finite
+from launch.feeding.lanes import Lanes
+from launch.guards.not_finite import where_not_finite
 from launch.optim import build_optimizers, build_schedule
+from launch.reporting.inner_loop import CURVES, InnerLossCurves
+from launch.reporting.ttt_health import ttt_health
 from launch.step import accumulate_gradients, evaluate
-from launch.ttt_health import ttt_health
 from parallel.carry import carry_tensors, empty_carry, own_carry
 from parallel.checkpoint import load_checkpoint
 from parallel.mesh import Mesh

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from launch.configuration.schema import OptimConfig
 from launch.optim import build_optimizers
-from launch.schema import OptimConfig
 from launch.step import SeparatePieces, StepLoss, accumulate_gradients
-from launch.verify_report import TrafficCounter
+from launch.verification.report import TrafficCounter
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from parallel.reduce import clip_gradients

@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from launch import train
-from launch.stop_signals import StopSignals
+from launch.guards.stop_signals import StopSignals
 from parallel import checkpoint_saver
 from parallel.checkpoint_saver import CheckpointSaver
 from parallel.mesh import leave_job

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.ttt_health import NAMES
+from launch.reporting.ttt_health import NAMES
 from tests.integration.runs import TIMEOUT, TRAIN, Run, single
 from tests.ranks import run_ranks
 

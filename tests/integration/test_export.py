@@ -11,9 +11,9 @@ from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import load_file, save_file
 
 from launch.config import load_config
+from launch.configuration.preflight import check_start
 from launch.errors import UserError
 from launch.export import main
-from launch.preflight import check_start
 from launch.setup import ttt_placement
 from tests.integration.runs import Run, initial_model, side_by_side, single
 from tests.ranks import REPO

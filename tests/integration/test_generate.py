@@ -11,8 +11,8 @@ from moshi.run_inference import InferenceState
 
 from launch.export import main as export
 from launch.generate import main as generate
-from launch.inference import load_talker
 from launch.model_source import find_checkpoint, load_model, open_source
+from launch.talking.talker import load_talker
 from tests.integration.runs import side_by_side
 from tests.ranks import REPO
 from tests.wav import write_wav

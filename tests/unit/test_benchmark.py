@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch import benchmark, benchmark_cases, benchmark_measure, benchmark_resident
-from launch.benchmark_cases import (
+from launch import benchmark
+from launch.benchmarking import cases, measure, resident
+from launch.benchmarking.cases import (
     Case,
     Drawn,
     outputs_and_gradients,
@@ -16,8 +17,8 @@ from launch.benchmark_cases import (
     scan_flops,
     scan_workload,
 )
-from launch.benchmark_measure import DisagreementError, check_agreement, peak_bytes
-from launch.benchmark_resident import resident_bytes, resident_supported
+from launch.benchmarking.measure import DisagreementError, check_agreement, peak_bytes
+from launch.benchmarking.resident import resident_bytes, resident_supported
 from ttt_dist.layer import TTTLayer
 from ttt_dist.ops import ttt_mlp
 from ttt_dist.ops.dual_form import dual_form
@@ -33,8 +34,8 @@ def make_case(inner="mlp", L=8, dtype=torch.float32):
 @pytest.fixture(autouse=True)
 def small_machine_peaks(monkeypatch):
     """The machine's own peaks matter to nobody here."""
-    monkeypatch.setitem(benchmark_measure.MATMUL_SIZE, "cpu", 128)
-    monkeypatch.setitem(benchmark_measure.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(measure.MATMUL_SIZE, "cpu", 128)
+    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**20)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this whole process
 
 
@@ -80,7 +81,7 @@ def test_rows_go_to_standard_output_without_a_file(capsys):
 
 
 def test_results_that_disagree_end_it_before_anything_is_timed(monkeypatch, capsys):
-    monkeypatch.setitem(benchmark_cases.FAST, "mlp", partial(ttt_mlp, causal=False))
+    monkeypatch.setitem(cases.FAST, "mlp", partial(ttt_mlp, causal=False))
     assert benchmark.main(TINY) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -215,7 +216,7 @@ def test_resident_bytes_hold_the_tensors():
 
 
 def test_a_failed_process_ends_it(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_resident.sys, "executable", "/bin/false")
+    monkeypatch.setattr(resident.sys, "executable", "/bin/false")
     assert benchmark.main([*TINY, "--what", "scan", "--resident"]) == 1
     assert "stopped. the process that measures resident bytes failed" in capsys.readouterr().err
 

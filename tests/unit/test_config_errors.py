@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.batch_plan import resolve_global_batch_size
 from launch.config import REPO_ROOT, load_config, read_config
 from launch.errors import UserError
+from launch.feeding.batch_plan import resolve_global_batch_size
 
 VALID = ["run_dir=r", "full_finetuning=true"]
 

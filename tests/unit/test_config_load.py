@@ -15,7 +15,7 @@ from launch.config import (
     read_config,
     resolve_run_dir,
 )
-from launch.config_keys import KEYS, describe_keys
+from launch.configuration.keys import KEYS, describe_keys
 from launch.errors import UserError
 
 CONFIGS = sorted((REPO_ROOT / "configs").glob("*.yaml"))

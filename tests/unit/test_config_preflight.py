@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from launch.config import REPO_ROOT, TrainConfig, load_config, read_config
-from launch.errors import UserError
-from launch.model_checks import configured_ttt
-from launch.preflight import (
+from launch.configuration.model_checks import configured_ttt
+from launch.configuration.preflight import (
     check_run,
     check_start,
     resolve_mesh,
     run_warnings,
 )
+from launch.errors import UserError
 
 TINY = {"dim": 128, "num_heads": 8, "num_layers": 4, "gating": "silu", "hidden_scale": 4.125}
 TINY |= {"positional_embedding": "rope", "n_q": 16, "dep_q": 8, "delays": [0] * 17}

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.config import REPO_ROOT, load_config
-from launch.preflight import check_run
+from launch.configuration.preflight import check_run
 from launch.setup import ttt_placement
 from ttt_dist.moshi.build import build_model, freeze_base, is_ttt_parameter
 from ttt_dist.moshi.context import (

@@ -16,11 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launch.conversation import Conversation
-from launch.conversation_file import Identity, SavedConversation, check_new, save_conversation
 from launch.errors import UserError
-from launch.inference import Talker, load_talker
 from launch.model_source import open_source
+from launch.talking.conversation import Conversation
+from launch.talking.conversation_file import (
+    Identity,
+    SavedConversation,
+    check_new,
+    save_conversation,
+)
+from launch.talking.talker import Talker, load_talker
 from tests.unit.release_cases import write_ttt_release
 from ttt_dist.data.audio import FRAME_SAMPLES
 from ttt_dist.moshi.fingerprint import fingerprint

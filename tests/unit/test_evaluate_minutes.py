@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from launch import evaluate_minutes
-from launch.evaluate_minutes import MinuteSums
+from launch.evaluation import minutes as minutes_module
+from launch.evaluation.minutes import MinuteSums
 from ttt_dist.data.steps import delayed_steps, piece_of_steps
 from ttt_dist.moshi.loss import LossConfig
 
@@ -32,7 +32,7 @@ TOLERANCE = 1e-12
 
 @pytest.fixture(autouse=True)
 def short_minutes(monkeypatch):
-    monkeypatch.setattr(evaluate_minutes, "MINUTE_FRAMES", MINUTE)
+    monkeypatch.setattr(minutes_module, "MINUTE_FRAMES", MINUTE)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from launch.evaluate_report import (
+from launch.evaluation.report import (
     Result,
     _worth,
     plot_png,

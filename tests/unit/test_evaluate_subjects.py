@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from launch.configuration.schema import TrainConfig
 from launch.errors import UserError
-from launch.evaluate_subjects import (
+from launch.evaluation.subjects import (
     common_piece,
     common_spec,
     common_weight,
     find_subjects,
     unfit_models,
 )
-from launch.schema import TrainConfig
 from tests.distributed.tiny import ttt_placement
 from tests.unit.moshi_cases import make_release
 

@@ -9,7 +9,7 @@ from moshi.models.loaders import _lm_kwargs as MOSHI_7B
 from moshi.modules.lora import replace_all_linear_with_lora
 
 from launch.config import REPO_ROOT, load_config
-from launch.export_tensors import tensor_specs
+from launch.exporting.tensors import tensor_specs
 from launch.setup import lay_out_model
 from ttt_dist.moshi.build import is_ttt_parameter
 from ttt_dist.moshi.tensor_files import HEADER_LIMIT

@@ -13,13 +13,13 @@ import torch
 from moshi.run_inference import InferenceState
 from safetensors.torch import load_file, save_file
 
-from launch.conversation import Conversation
+from launch.configuration.release_settings import read_ttt_section
 from launch.errors import UserError
 from launch.generate import main
-from launch.generate_audio import MoshiAudio, MoshiText, UserAudio
-from launch.inference import load_talker
 from launch.model_source import load_model, open_source
-from launch.release_settings import read_ttt_section
+from launch.talking.audio import MoshiAudio, MoshiText, UserAudio
+from launch.talking.conversation import Conversation
+from launch.talking.talker import load_talker
 from parallel.checkpoint_manifest import write_manifest
 from tests.ranks import REPO
 from tests.unit.release_cases import LAYERS, WINDOWS, write_ttt_release

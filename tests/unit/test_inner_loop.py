@@ -6,10 +6,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from launch.inner_loop import InnerLossCurves
-from launch.lanes import Lanes
+from launch.feeding.lanes import Lanes
+from launch.reporting.inner_loop import InnerLossCurves
+from launch.reporting.ttt_health import NAMES, ttt_health
 from launch.step import SeparatePieces, accumulate_gradients, evaluate
-from launch.ttt_health import NAMES, ttt_health
 from parallel.activation import checkpoint_layers
 from parallel.carry import empty_carry
 from tests.distributed.tiny import TTT_LAYERS, random_codes

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from launch.batch_plan import LanePlan, resolve_lanes
 from launch.config import read_config
 from launch.errors import UserError
-from launch.lanes import Lanes
+from launch.feeding.batch_plan import LanePlan, resolve_lanes
+from launch.feeding.lanes import Lanes
 from launch.step import accumulate_gradients
 from parallel.carry import empty_carry
 from tests.distributed.tiny import random_codes

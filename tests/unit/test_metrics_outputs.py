@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.config import REPO_ROOT, load_config
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib, read_metrics
-from launch.plots import plot_losses
+from launch.reporting.plots import plot_losses
+from launch.reporting.wandb_log import INIT_TIMEOUT_SECONDS, start_wandb
 from launch.run_folder import RunFolder
-from launch.wandb_log import INIT_TIMEOUT_SECONDS, start_wandb
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -146,7 +146,7 @@ import sys
 import time
 from pathlib import Path
 import wandb
-from launch import wandb_log
+from launch.reporting import wandb_log
 from launch.config import load_config
 wandb_log.INIT_TIMEOUT_SECONDS = 2
 config = load_config(None, ["run_dir=" + sys.argv[1], "full_finetuning=true", *sys.argv[2:]])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from launch.lanes import Lanes
-from launch.not_finite import first_gradient_not_finite, first_not_finite
+from launch.feeding.lanes import Lanes
+from launch.guards.not_finite import first_gradient_not_finite, first_not_finite
 from launch.step import SeparatePieces, accumulate_gradients
 from parallel.activation import checkpoint_layers
 from parallel.carry import empty_carry

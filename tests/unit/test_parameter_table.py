@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from launch.parameter_table import parameter_table
+from launch.reporting.parameter_table import parameter_table
 from tests.distributed.tiny import LM_CONFIG, ttt_placement
 from ttt_dist.moshi.build import build_model, freeze_base, is_ttt_parameter
 from ttt_dist.moshi.lora import LoRASettings, is_adapter_parameter

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch.moshi_server import server_state_class
 from launch.serve import is_loopback, main
+from launch.talking.moshi_server import server_state_class
 from tests.ranks import REPO
 
 

@@ -5,9 +5,9 @@ from itertools import count
 
 import pytest
 
-from launch.batch_plan import describe_step, length_stages, resolve_lanes
 from launch.config import dump_yaml, load_config, read_config
-from launch.stages import StagedFeed
+from launch.feeding.batch_plan import describe_step, length_stages, resolve_lanes
+from launch.feeding.stages import StagedFeed
 
 SCHEDULE = "duration_sec={200: 9, 0: 3, 400: 18}"
 

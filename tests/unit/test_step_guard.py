@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from launch.step_guard import StepGuard
+from launch.guards.step_guard import StepGuard
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from launch.stop_signals import ABORTED, StopSignals
+from launch.guards.stop_signals import ABORTED, StopSignals
 from launch.supervise import SAME_KEY_PRESS
 from tests.ranks import REPO, kill_job
 
 HEAD = """
 import os, signal, sys, threading, time
-from launch.stop_signals import StopSignals
+from launch.guards.stop_signals import StopSignals
 say = lambda line: print(line, flush=True)
 """
 # Ends by itself once a stop is asked for, as the training loop does.

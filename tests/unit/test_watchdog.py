@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
-from launch.watchdog import EXIT_STUCK
+from launch.guards.watchdog import EXIT_STUCK
 from tests.ranks import REPO
 
 STUCK = """
 import time
-from launch.watchdog import Watchdog
+from launch.guards.watchdog import Watchdog
 
 def tell(message):
     raise OSError("status.json: no space left on device")

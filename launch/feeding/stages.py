@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from moshi.models.loaders import CheckpointInfo
 
-from launch.batch_plan import LanePlan, length_stages
 from launch.config import TrainConfig
-from launch.encoding import encoding_over_ranks
-from launch.feed import Feed, PieceFeed, RecordingFeed
+from launch.feeding.batch_plan import LanePlan, length_stages
+from launch.feeding.encoding import encoding_over_ranks
+from launch.feeding.feed import Feed, PieceFeed, RecordingFeed
 from launch.prepare import codes_specs, open_cache, read_splits
 from launch.run_checkpoints import order_facts
 from launch.setup import say

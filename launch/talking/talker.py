@@ -1,33 +1,21 @@
-"""Commands that talk, or listen, with a trained model: their options, their device, the talker."""
+"""A trained model that can talk, and the options of the commands that let it."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from moshi.models.loaders import CheckpointInfo
 
-from launch.errors import UserError, exit_with
 from launch.model_source import CHECKPOINT_HELP, ModelSource, describe_model, load_model
-from parallel.checkpoint import CheckpointError
-from parallel.device import hide_gpus, local_device
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.encode import Codec, load_codec
-from ttt_dist.data.manifest import DataError
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import (
-    lm_settings,
-    transformer_layers,
-)
-from ttt_dist.moshi.context import (
-    read_attention_contexts,
-)
-from ttt_dist.moshi.errors import ReleaseError
+from ttt_dist.moshi.build import lm_settings, transformer_layers
+from ttt_dist.moshi.context import read_attention_contexts
 from ttt_dist.moshi.fingerprint import fingerprint
 from ttt_dist.moshi.lm_config import NOT_BUILT
 
@@ -97,24 +85,6 @@ def sampling_of(arguments: argparse.Namespace, release: CheckpointInfo) -> dict[
     """LMGen's arguments: the release's own, with the temperatures that a person gave."""
     given = {"temp": arguments.temp, "temp_text": arguments.temp_text}
     return {**release.lm_gen_config, **{k: v for k, v in given.items() if v is not None}}
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device that `--device` names. For "cpu" beside a GPU the process starts over."""
-    if name == "cpu":
-        hide_gpus()
-    return local_device()
-
-
-@contextmanager
-def telling_mistakes(title: str = TITLE) -> Iterator[None]:
-    """End the process with exit code 2 and one message where a person has to mend something."""
-    try:
-        yield
-    except (UserError, DataError) as error:
-        exit_with(UserError(error.problems, title=title))
-    except (ReleaseError, CheckpointError) as error:
-        exit_with(UserError(str(error), title=title))
 
 
 def _read_settings(source: ModelSource, model: TTTMoshi) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.inner_loop import InnerLossCurves
+from launch.reporting.inner_loop import InnerLossCurves
 from parallel.carry import empty_carry
 from parallel.mesh import Mesh
 from parallel.reduce import sum_over_data_ranks

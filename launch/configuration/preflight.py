@@ -12,23 +12,23 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
 
-from launch.batch_plan import (
-    carries_states,
-    length_stages,
-    resolve_global_batch_size,
-    resolve_lanes,
-)
 from launch.config import (
     TrainConfig,
     has_ttt,
     parse_command_line,
     read_config,
 )
+from launch.configuration.model_checks import lora_settings, model_problems, ttt_section
+from launch.configuration.unbuilt import refuse_unbuilt
 from launch.errors import UserError
-from launch.model_checks import lora_settings, model_problems, ttt_section
+from launch.feeding.batch_plan import (
+    carries_states,
+    length_stages,
+    resolve_global_batch_size,
+    resolve_lanes,
+)
 from launch.run_checkpoints import resume_problems
 from launch.run_folder import adopt_saved, run_dir_problems, unwritable_problems
-from launch.unbuilt import refuse_unbuilt
 from ttt_dist.data.encode import mimi_config_problems
 from ttt_dist.data.interleave import num_frames
 from ttt_dist.data.manifest import DataError, read_sources

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.verify_compare import Check
+from launch.verification.compare import Check
 
 # Operators of torch.distributed, functional and in place, and the collective each one is.
 COLLECTIVES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from launch.errors import UserError
-from launch.evaluate_subjects import (
+from launch.evaluation.subjects import (
     Subject,
     common_piece,
     common_spec,

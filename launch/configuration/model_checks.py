@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.config import TrainConfig
-from launch.schema import TTTSection
+from launch.configuration.schema import TTTSection
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.build import select_layers
 from ttt_dist.moshi.lm_config import absent_settings, lm_config_problems, wrong_values

@@ -11,9 +11,9 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 
 from launch.config import TrainConfig
+from launch.configuration.model_checks import piecewise_problems, splitting_problems
 from launch.errors import UserError
-from launch.evaluate_minutes import TTTMode
-from launch.model_checks import piecewise_problems, splitting_problems
+from launch.evaluation.minutes import TTTMode
 from launch.model_source import (
     ModelSource,
     find_checkpoint,

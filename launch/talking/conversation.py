@@ -4,7 +4,7 @@ It goes as moshi's own inference does (`moshi.run_inference`): Mimi hears a fram
 speaks. What belongs to a conversation between two frames: the streaming states of Mimi
 (encoder and decoder), of LMGen (tokens that are delayed) and of the language model (attention
 caches, TTT's inner networks with their pending updates), the random numbers, and the start of a
-character that isn't complete. `launch/conversation_file.py` saves it.
+character that isn't complete. `launch/talking/conversation_file.py` saves it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from moshi.models.lm import LMGen
 from torch import Tensor
 
-from launch.generate_audio import MoshiText
+from launch.talking.audio import MoshiText
 from ttt_dist.data.encode import Codec
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.stream_state import load_stream_tensors, stream_tensors

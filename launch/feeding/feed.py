@@ -9,9 +9,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from launch.batch_plan import LanePlan
 from launch.config import TrainConfig
-from launch.lanes import LanePieces, Lanes
+from launch.feeding.batch_plan import LanePlan
+from launch.feeding.lanes import LanePieces, Lanes
 from launch.setup import model_dtypes
 from launch.step import Microbatches, SeparatePieces
 from parallel.carry import carry_tensors, empty_carry, lane_tensor, own_carry, own_lanes

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Container, Sequence
 from typing import Any
 
-from launch.schema import TrainConfig
+from launch.configuration.schema import TrainConfig
 
 SECRET_KEYS = frozenset({"wandb.key"})
 

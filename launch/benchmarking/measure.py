@@ -22,7 +22,7 @@ from torch.autograd import (
 )
 from torch.autograd.profiler import profile
 
-from launch.benchmark_cases import Drawn, Workload, gradients, outputs_and_gradients
+from launch.benchmarking.cases import Drawn, Workload, gradients, outputs_and_gradients
 
 # Relative differences ‖a − b‖ / ‖b‖ allowed between a fast path and its slow twin. float64 and
 # float32: the same sums in another order; in float32 the twin itself was found off from float64 by
@@ -163,7 +163,7 @@ def peak_bytes(workload: Workload, seed: int, device: torch.device) -> int:
     On a GPU from the caching allocator. On a CPU from every allocation and release of torch's
     allocator, as its profiler reports them: exact, the same in each run, and it sees inside custom
     ops, which a dispatch mode does not. What isn't a tensor's (autograd's nodes, BLAS's own small
-    buffers) is left out: see `launch.benchmark_resident`.
+    buffers) is left out: see `launch.benchmarking.resident`.
     """
     drawn = workload(seed)
     with _no_garbage_collection():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
-from launch.schema import ProfileConfig
+from launch.configuration.schema import ProfileConfig
 
 
 def open_profiler(config: ProfileConfig, folder: Path, rank: int) -> AbstractContextManager[Any]:

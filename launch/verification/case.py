@@ -16,12 +16,12 @@ from moshi.models.loaders import CheckpointInfo
 from moshi.modules.lora import LoRALinear
 from torch import Tensor, nn
 
-from launch.batch_plan import length_stages, resolve_global_batch_size
 from launch.config import TrainConfig, parse_command_line, read_config
+from launch.configuration.preflight import HUB_ID, check_run, resolve_mesh
 from launch.errors import UserError
+from launch.feeding.batch_plan import length_stages, resolve_global_batch_size
 from launch.make_demo_base import DEFAULT_OUT
 from launch.make_demo_base import lm_config as demo_lm_config
-from launch.preflight import HUB_ID, check_run, resolve_mesh
 from launch.setup import lay_out_model
 from parallel.mesh import Mesh
 from ttt_dist.data.interleave import num_frames

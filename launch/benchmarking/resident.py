@@ -5,7 +5,7 @@ Beside tensors this sees what autograd keeps: nodes, saved variables and Python 
 malloc gives freed blocks from 64 KiB up back at once: otherwise what it keeps for later, which
 differs from run to run, is counted too.
 
-    python -m launch.benchmark_resident SIDE OP B H d h C L DTYPE GROUP_SIZE THREADS
+    python -m launch.benchmarking.resident SIDE OP B H d h C L DTYPE GROUP_SIZE THREADS
 
 prints the number (`launch.benchmark --resident` runs this).
 """
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from launch.benchmark_cases import FAST, Case, Drawn, Inner, scan_workload
-from launch.benchmark_measure import step
+from launch.benchmarking.cases import FAST, Case, Drawn, Inner, scan_workload
+from launch.benchmarking.measure import step
 from ttt_dist.ops.dual_form import dual_form
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESET = Path("/proc/self/clear_refs")  # writing 5 resets the peak of the resident size
 STATUS = Path("/proc/self/status")
 _RETURN_FROM = "65536"  # bytes
@@ -47,7 +47,7 @@ def resident_bytes(side: str, case: Case, group_size: int | None, threads: int) 
     dtype = str(case.dtype).removeprefix("torch.")
     arguments = [side, case.inner, *sizes, dtype, "" if group_size is None else group_size, threads]
     result = subprocess.run(
-        [sys.executable, "-m", "launch.benchmark_resident", *map(str, arguments)],
+        [sys.executable, "-m", "launch.benchmarking.resident", *map(str, arguments)],
         cwd=ROOT,
         env=os.environ
         | {"MALLOC_MMAP_THRESHOLD_": _RETURN_FROM, "MALLOC_TRIM_THRESHOLD_": _RETURN_FROM},

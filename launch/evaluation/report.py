@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from launch.evaluate_minutes import Figures, TTTMode
+from launch.evaluation.minutes import Figures, TTTMode
 
 MEANING = {
     "ttt": "on: states go along the recording; off: gates at zero; reset: TTT begins each piece "

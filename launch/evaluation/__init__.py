@@ -1,0 +1,1 @@
+"""What `launch/evaluate.py` reads, counts and prints."""

@@ -1,0 +1,1 @@
+"""What a training step reads: samples, lanes along recordings, lengths over steps."""

@@ -1,0 +1,1 @@
+"""What a run tells: tables, curves, W&B, profiles."""

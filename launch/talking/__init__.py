@@ -1,0 +1,1 @@
+"""A trained model in conversation: `launch/generate.py`, `launch/serve.py`."""

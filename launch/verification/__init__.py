@@ -1,0 +1,1 @@
+"""What `launch/verify.py` compares."""
