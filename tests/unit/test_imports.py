@@ -83,7 +83,7 @@ def test_the_model_knows_no_mesh_and_no_process_group():
 
 def test_ops_import_torch_and_the_standard_library_alone():
     allowed = set(sys.stdlib_module_names) | {"torch"}
-    paths = sorted((ROOT / "ttt_dist" / "ops").glob("*.py"))
+    paths = sorted((ROOT / "ttt_dist" / "ops").rglob("*.py"))
     assert len(paths) > 5
     for path in paths:
         for module in imported_modules(*parse(path)):

@@ -14,7 +14,6 @@ from ttt_dist.data.cache import CodesCache
 from ttt_dist.data.encode import Codec, encode_missing, missing_seconds
 from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings
 from ttt_dist.data.ready import open_ready
-from ttt_dist.user_cache import user_cache
 
 # Several sources share blocks of this many samples in proportion to their weights.
 _MIN_BLOCK = 1024
@@ -212,7 +211,8 @@ def default_cache_folder(sources: Sequence[Source]) -> Path:
         folder = named if named.is_dir() else named.parent
         if os.access(folder, os.W_OK):
             return folder / ".cache" / "codes"
-    return user_cache() / "codes"
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache) / "ttt-dist" / "codes"
 
 
 class EncodingRanks(TypedDict):

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ttt_dist.user_cache import user_cache
-
 SWITCH = "TTT_DIST_NATIVE"
 """Environment variable: `0` leaves the kernels out."""
 
@@ -64,7 +62,7 @@ def built() -> NativeLibrary:
     command = [*found, *_FLAGS]
     name = f"scan-{_fingerprint(command)}.so"
     try:
-        path = _build(command, user_cache() / "kernels" / name)
+        path = _build(command, _folder() / name)
         return NativeLibrary(ctypes.CDLL(str(path)), str(path))
     except (OSError, subprocess.SubprocessError) as error:
         words = getattr(error, "stderr", None) or str(error)
@@ -106,6 +104,12 @@ def _processor() -> list[str]:
         return [platform.processor()]
     told = ("model name", "flags", "Features", "CPU part")
     return [next((line for line in lines if line.startswith(name)), "") for name in told]
+
+
+def _folder() -> Path:
+    """Where they are kept: `ttt-dist/kernels` in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache) / "ttt-dist" / "kernels"
 
 
 def _build(command: list[str], path: Path) -> Path:
