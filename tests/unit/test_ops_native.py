@@ -152,6 +152,7 @@ def unbuilt(monkeypatch, tmp_path):
     native.build.built.cache_clear()
 
 
+@pytest.mark.integration  # runs the compiler, 4 s
 def test_built_once(unbuilt, monkeypatch):
     """The second process finds the file; nothing else stays in the folder."""
     told = native.library().told
@@ -161,6 +162,7 @@ def test_built_once(unbuilt, monkeypatch):
     assert native.library().told == told
 
 
+@pytest.mark.integration  # runs the compiler, 4 s
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="its vectors")
 @pytest.mark.parametrize("without", ["avx512f", "avx"])
 def test_processors_with_shorter_vectors(unbuilt, monkeypatch, without):
@@ -194,6 +196,7 @@ def test_a_compiler_that_fails_is_told_once(unbuilt, monkeypatch, compiler, word
         assert native.library().functions is None
 
 
+@pytest.mark.integration  # runs the compiler, 4 s
 def test_a_cache_folder_that_cannot_be_written(unbuilt, monkeypatch):
     """Then they are built for this process alone."""
     unbuilt.parent.parent.joinpath("ttt-dist").write_text("a file in the way")
