@@ -121,8 +121,12 @@ def test_tensor_parallel_demo_passes_and_prints_its_tables(tmp_path):
     figure, count = r"(\S+)", r"([\d,]+)"
     for dtype, allowed in (("float64", "1.0e-06"), ("float32", "1.0e-05")):
         for what in ("loss", "gradient norm", "gradient", "gradient across ranks"):
-            worst = row(dtype, what, r"\(\d+\)", figure, allowed, r"[\w. -]+")
-            assert 0 <= float(worst) <= float(allowed)
+            worst, bound, name = row(dtype, what, r"\(\d+\)", figure, figure, r"([\w. -]+)")
+            assert 0 <= float(worst) <= float(bound)
+            # Told is what comes nearest to its bound; in float32 a rate's bias, a sum that cancels,
+            # may have its own.
+            own = (dtype, what) == ("float32", "gradient") and name.endswith("ttt_lr_bias")
+            assert bound == allowed or (own and float(allowed) < float(bound) < 3e-5)
     # Five steps were taken, and the layouts differ by roundings: a comparison with itself is 0.
     assert float(row("float64", "parameter", r"\(\d+\)", figure, "1.0e-06", r"[\w. ]+")) > 0
     for module in ("embeddings", "heads", "depformer", r"transformer\.layers\.1\.ttt"):
