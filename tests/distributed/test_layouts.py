@@ -33,10 +33,13 @@ from tests.distributed.cases import (
 )
 from tests.distributed.faults import FAULTS
 from tests.ranks import run_ranks
+from ttt_dist.ops import native
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "worker.py"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
+# Jobs, by world size, whose scans run tensor code, as on GPUs; the others run C++ kernels.
+TENSOR_CODE = ((4, "eager"), (2, "compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +47,18 @@ def measured(tmp_path_factory):
     """`measured(world_size, job)`: a job's results; it runs once, when it is first asked for."""
     done = {}
     failures = {}
-    plain = tmp_path_factory.mktemp("plain")  # of all jobs
+    plain = {code: tmp_path_factory.mktemp("plain") for code in (True, False)}  # of all its jobs
 
     def measure(world_size, job="eager"):
         key = world_size, job
         if key not in done and key not in failures:
             folder = tmp_path_factory.mktemp(f"world{world_size}-{job}")
             results = folder / "results.json"
-            arguments = [*map(str, (results, folder, plain)), job]
+            tensor_code = key in TENSOR_CODE
+            arguments = [*map(str, (results, folder, plain[tensor_code])), job]
+            switch = {native.SWITCH: "0" if tensor_code else "1"}
             try:
-                ended = run_ranks(world_size, WORKER, arguments, timeout=420)
+                ended = run_ranks(world_size, WORKER, arguments, timeout=420, **switch)
                 assert ended.returncode == 0, ended.stdout + ended.stderr
             except AssertionError as failure:  # also of a job whose time was up
                 failures[key] = str(failure)
