@@ -67,6 +67,8 @@ def start_command(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What started the tests may ignore it, as nohup does, and commands inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
