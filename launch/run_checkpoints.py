@@ -8,6 +8,7 @@ from typing import Any
 from launch.config import TrainConfig
 from launch.errors import UserError
 from launch.run_folder import RunFolder
+from launch.run_status import read_status
 from parallel.checkpoint import checkpoint_step, list_checkpoints
 from parallel.checkpoint_manifest import content_problems, structure_problems
 from ttt_dist.data.dataset import PieceDataset
@@ -54,6 +55,11 @@ def undamaged(checkpoint: Path, *, named: str, read: bool = True) -> Path:
     return checkpoint
 
 
+def newest_step(run: RunFolder) -> int:
+    """Steps done at the newest checkpoint, by its name; 0 where there is none."""
+    return max(map(checkpoint_step, list_checkpoints(run.checkpoints)), default=0)
+
+
 def resume_problems(config: TrainConfig) -> list[str]:
     """Why the run in `config.run_dir` can't be resumed, as far as names and sizes of files tell."""
     folder = RunFolder(Path(config.run_dir)).checkpoints
@@ -80,8 +86,11 @@ def resume_problems(config: TrainConfig) -> list[str]:
 def order_facts(data: PieceDataset | RecordingDataset) -> list[dict[str, Any]]:
     """What the global order depends on beside the configuration, for `Progress.sources`."""
     pieces = data.source_sizes if isinstance(data, PieceDataset) else data.source_pieces
-    each = zip(data.source_paths, pieces, data.weights, strict=True)
-    return [{"path": str(path), "pieces": count, "weight": weight} for path, count, weight in each]
+    each = zip(data.source_paths, pieces, data.weights, data.source_digests, strict=True)
+    return [
+        {"path": str(path), "pieces": count, "weight": weight, "recordings": digest}
+        for path, count, weight, digest in each
+    ]
 
 
 def other_data_problems(saved: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
@@ -100,6 +109,12 @@ def other_data_problems(saved: list[dict[str, Any]], found: list[dict[str, Any]]
             f"the checkpoint was made with {then['pieces']} and {then['weight']:g} ({then['path']})"
             for then, now in zip(saved, found, strict=True)
             if (then["pieces"], then["weight"]) != (now["pieces"], now["weight"])
+        ] or [
+            f"{key}: {now['path']}: its recordings are others than the checkpoint was made with "
+            f"({then['path']}), or stand in another order, by file names and pieces of each"
+            for then, now in zip(saved, found, strict=True)
+            # Checkpoints of earlier versions have none.
+            if then.get("recordings", now["recordings"]) != now["recordings"]
         ]
     if not problems:
         return []
@@ -114,7 +129,9 @@ def other_data_problems(saved: list[dict[str, Any]], found: list[dict[str, Any]]
 def _nothing_left(config: TrainConfig, newest: Path) -> list[str]:
     # By its name: what it holds isn't hashed yet, and an older one may be good.
     done = checkpoint_step(newest)
-    if done < config.max_steps:
+    # After the last step comes an evaluation, which the run may not have lived to see.
+    ended = read_status(RunFolder(Path(config.run_dir))).get("state") == "finished"
+    if done < config.max_steps or (done == config.max_steps and not ended):
         return []
     return [
         f"resume: {newest} has done {done} steps and max_steps is {config.max_steps}, so "

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: configuration, status and manifest. Nothing is ever deleted here."""
+"""What a run leaves on disk: configuration and manifest. Nothing is ever deleted here."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from launch.config import REPO_ROOT, TIME, TrainConfig, dump_yaml, load_config, utc_timestamp
 from launch.errors import UserError
+from launch.feeding.batch_plan import carries_states
 
-State = Literal["running", "finished", "preempted", "failed"]
 PACKAGES = ("torch", "moshi", "torchtitan", "safetensors", "numpy", "sphn", "sentencepiece")
 
 # What a resumed run may not change: it would go on as a different run under the old name.
@@ -105,6 +105,7 @@ def adopt_saved(config: TrainConfig) -> TrainConfig:
         f"{_value(saved, key)!r}, which a resumed run keeps; set it back, or start a new run_dir"
         for key in (*KEPT_ON_RESUME, *_RESOLVED)
         if _value(config, key) != _value(saved, key)
+        and (key != "num_lanes" or carries_states(config))
     ]
     if problems:
         raise UserError(problems)
@@ -169,6 +170,10 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 
@@ -183,11 +188,6 @@ class RunFolder:
     @property
     def bad_steps(self) -> Path:
         return self.path / "bad_steps.jsonl"
-
-    def write_status(self, state: State, step: int, reason: str = "") -> None:
-        """Say in `status.json` how far the run is, and why it ended."""
-        status = {"state": state, "step": step, "reason": reason, "time": _utc_now()}
-        write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
 
 
 def create_run_folder(
@@ -216,7 +216,7 @@ def create_run_folder(
         raise UserError(f"run_dir: {folder.path} can't be created: {error}") from error
     _write_new(folder.path, "config.yaml", dump_yaml(config))
     manifest = {
-        "started": _utc_now(),
+        "started": utc_now(),
         "command": sys.argv,
         "git": git_facts(REPO_ROOT),
         "versions": versions(),
@@ -227,7 +227,7 @@ def create_run_folder(
     return folder
 
 
-def _utc_now() -> str:
+def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -279,44 +279,3 @@ def versions() -> dict[str, str | None]:
     found["torch"] = torch.__version__  # with the build, e.g. +cu130
     found["cuda"] = torch.version.cuda
     return found
-
-
-class RunStatus:
-    """Keeps `status.json` true: running inside the context, then how it ended, and why.
-
-    Args:
-        folder: the run's.
-        rank: rank 0 alone writes.
-
-    Attributes:
-        step: steps done; set it after each.
-        preempted_by: name of the signal that the run ends for, or empty; set it before leaving.
-    """
-
-    def __init__(self, folder: RunFolder, rank: int) -> None:
-        self._folder = folder
-        self._writes = rank == 0
-        self.step = 0
-        self.preempted_by = ""
-
-    def __enter__(self) -> "RunStatus":
-        self._write("running")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
-    ) -> None:
-        if kind is not None:
-            self.failed(f"{kind.__name__}: {error}")
-        elif self.preempted_by:
-            self._write("preempted", self.preempted_by)
-        else:
-            self._write("finished")
-
-    def failed(self, reason: str) -> None:
-        """The run ends now, for this reason."""
-        self._write("failed", reason)
-
-    def _write(self, state: State, reason: str = "") -> None:
-        if self._writes:
-            self._folder.write_status(state, self.step, reason)

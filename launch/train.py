@@ -49,7 +49,9 @@ from launch.reporting.plots import plot_losses
 from launch.reporting.profiling import open_profiler
 from launch.reporting.ttt_health import ttt_health
 from launch.reporting.wandb_log import start_wandb
-from launch.run_folder import RunFolder, RunStatus, create_run_folder, host_facts
+from launch.run_checkpoints import newest_step
+from launch.run_folder import RunFolder, create_run_folder, host_facts
+from launch.run_status import RunStatus
 from launch.setup import make_model, resume, say
 from launch.step import accumulate_gradients, evaluate
 from parallel.checkpoint import Progress, list_checkpoints
@@ -109,7 +111,7 @@ def train(start: Start) -> None:
     for warning in run_warnings(config):
         say(f"warning: {warning}")
 
-    status = RunStatus(folder, rank)
+    status = RunStatus(folder, rank, newest_step(folder) if config.resume else 0)
     signals = StopSignals(
         announce=lambda line: print(f"rank {rank}: {line}", flush=True),
         on_abort=lambda: status.failed("aborted by a second SIGINT"),
@@ -133,11 +135,13 @@ def train(start: Start) -> None:
         counters: dict[str, float] = {}
         feeds.start(model)
         if config.resume:
-            carried = feeds.at(0).carried()  # of the same shapes at every step
+            carried = feeds.carried()
             saved = resume(folder, model, optimizers, schedule, feeds.facts, carried)
             if saved is not None:
-                status.step, counters = saved.step, saved.counters
-                feeds.at(saved.step).restore(carried)
+                feeds.restore(saved.step, carried)
+                counters = saved.counters
+                status.resumed(saved.step)
+            del carried  # the lanes' storage is another after their next step
         first_step = status.step
         feed = feeds.at(first_step)
         flops = {frames: flops_per_frame(model, frames) for frames in feeds.lengths}
@@ -215,9 +219,10 @@ def train(start: Start) -> None:
             feeds.batches(first_step) as batches,
             open_profiler(config.profile, folder.profile, rank) as profiler,
         ):
-            if eval_set is not None and first_step == 0:
+            # Before the first step; and after the last, where an earlier start ended without it.
+            if eval_set is not None and first_step in (0, config.max_steps):
                 with pause():
-                    run_evaluation(0)
+                    run_evaluation(first_step)
             for step in range(first_step + 1, config.max_steps + 1):
                 watchdog.beat(f"step {step}")
                 feed, batch = next(batches)
@@ -272,7 +277,7 @@ def train(start: Start) -> None:
                 del microbatches  # and what their lanes started from
                 schedule.step()
                 optimizers.zero_grad()
-                status.step = step
+                status.done(step)
                 profiler.step()
                 if logger is not None:
                     frames = train_set.frames

@@ -40,6 +40,10 @@ class Feed(Protocol[StepT]):
         """Get ready to feed this model; before anything below."""
         ...
 
+    def finish(self) -> None:
+        """Free what goes along from step to step: the next one would begin without it."""
+        ...
+
     def batches(self, first_step: int) -> AbstractContextManager[Iterator[StepT]]:
         """This rank's share of step `first_step` (from 0) and of every next one."""
         ...
@@ -84,6 +88,7 @@ class PieceFeed:
     Args:
         config: with `global_batch_size`.
         sets: `train`, and `eval` where it is asked for.
+        first_step: of the run, from 0, that it feeds; orders of other ones differ.
     """
 
     def __init__(
@@ -92,15 +97,19 @@ class PieceFeed:
         sets: Mapping[str, PieceDataset],
         mesh: Mesh,
         device: torch.device,
+        first_step: int,
     ) -> None:
         assert config.global_batch_size is not None  # resolved by now
         self.sets = sets
         self._config, self._mesh, self._device = config, mesh, device
         self._global_batch_size = config.global_batch_size
-        self._order = _order(config, sets["train"])
+        self._order = _order(config, sets["train"], first_step)
 
     def start(self, model: TTTMoshi) -> None:
         self._model = model
+
+    def finish(self) -> None:
+        pass
 
     def batches(self, first_step: int) -> StepBatches:
         return StepBatches(
@@ -149,6 +158,7 @@ class RecordingFeed:
     Args:
         plan: what a step takes.
         sets: `train`, and `eval` where it is asked for.
+        first_step: of the run, from 0, that it feeds; orders of other ones differ.
     """
 
     def __init__(
@@ -158,17 +168,28 @@ class RecordingFeed:
         sets: Mapping[str, RecordingDataset],
         mesh: Mesh,
         device: torch.device,
+        first_step: int,
     ) -> None:
         self.sets = sets
         self._config, self._plan, self._mesh, self._device = config, plan, mesh, device
         self._dtype = model_dtypes(config, device)[1]
-        self._order = _order(config, sets["train"])
+        self._training: Lanes | None = None
+        self._order = _order(config, sets["train"], first_step)
 
     def start(self, model: TTTMoshi) -> None:
         self._model = model
         self._rows = {"delays": list(model.delays), "initial": model.initial_tokens()}
-        lanes = self._plan.num_lanes // self._mesh.dp_size
-        self._lanes = self._new_lanes(lanes, self._config.ttt.tbptt_pieces)
+
+    def finish(self) -> None:
+        self._training = None
+
+    @property
+    def _lanes(self) -> Lanes:
+        """Those of training; in memory from their first use to `finish`."""
+        if self._training is None:
+            lanes = self._plan.num_lanes // self._mesh.dp_size
+            self._training = self._new_lanes(lanes, self._config.ttt.tbptt_pieces)
+        return self._training
 
     def batches(self, first_step: int) -> LaneBatches:
         return LaneBatches(
@@ -228,7 +249,11 @@ class RecordingFeed:
         return Lanes(carry, batch_size=self._config.batch_size, tbptt_pieces=tbptt_pieces)
 
 
-def _order(config: TrainConfig, train: PieceDataset | RecordingDataset) -> GlobalOrder:
+def _order(config: TrainConfig, train: PieceDataset | RecordingDataset, stage: int) -> GlobalOrder:
     return GlobalOrder(
-        train.source_sizes, train.weights, seed=config.seed, shuffle=config.data.shuffle
+        train.source_sizes,
+        train.weights,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        stage=stage,
     )

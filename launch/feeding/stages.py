@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from itertools import islice, pairwise
 from typing import Any
 
 import torch
 from moshi.models.loaders import CheckpointInfo
+from torch import Tensor
 
 from launch.config import TrainConfig
 from launch.feeding.batch_plan import LanePlan, length_stages
@@ -61,6 +62,15 @@ class StagedFeed:
         for feed in self._feeds.values():
             feed.start(model)
 
+    def carried(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of any step's feed, to be loaded into."""
+        return self.at(0).carried()
+
+    def restore(self, step: int, carried: Mapping[str, Tensor]) -> None:
+        """Go on with this step from values that were loaded into what `carried` gave."""
+        self.at(0).finish()
+        self.at(step).restore(carried)
+
     def batches(
         self, first_step: int
     ) -> AbstractContextManager[Iterator[tuple[Feed[Any], SampledStep]]]:
@@ -76,6 +86,7 @@ class StagedFeed:
             with self._feeds[first].batches(start - first) as batches:
                 for batch in islice(batches, None if end is None else end - start):
                     yield self._feeds[first], batch
+            self._feeds[first].finish()
 
 
 def open_feeds(
@@ -99,7 +110,9 @@ def open_feeds(
         wanted = {"train": splits["train"]}
         if config.do_eval and step == max(stages):
             wanted["eval"] = splits["eval"]
-        feeds[step] = _open_feed(config, plan, wanted, specs[step], seconds, release, mesh, device)
+        feeds[step] = _open_feed(
+            config, plan, wanted, specs[step], seconds, release, mesh, device, step
+        )
     return StagedFeed(feeds)
 
 
@@ -112,6 +125,7 @@ def _open_feed(
     release: CheckpointInfo,
     mesh: Mesh,
     device: torch.device,
+    first_step: int,
 ) -> Feed[Any]:
     cache = open_cache(config, splits, spec)
     recordings = [r for sources in splits.values() for r in all_recordings(sources)]
@@ -123,13 +137,13 @@ def _open_feed(
             count = len(pieces["train"])
             # With one piece for two ranks a step would hold it twice.
             few = too_few_pieces(count, mesh.dp_size, duration_sec, "data.train_data")
-            feed = PieceFeed(config, pieces, mesh, device)
+            feed = PieceFeed(config, pieces, mesh, device, first_step)
         else:
             frames = plan.piece_frames(duration_sec)
             whole = open_recordings(splits, cache, piece_frames=frames, **encoding)
             count = whole["train"].num_recordings
             few = too_few_recordings(count, plan.num_lanes, "data.train_data")
-            feed = RecordingFeed(config, plan, whole, mesh, device)
+            feed = RecordingFeed(config, plan, whole, mesh, device, first_step)
     if few:
         raise DataError(few)
     for name, dataset in feed.sets.items():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch.run_folder import RunFolder
+from launch.run_status import write_status
 from tests.integration.runs import (
     TIMEOUT,
     TRAIN,
@@ -103,6 +105,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(short, tp_r
     said = f"{folder / 'checkpoints'} holds no checkpoint yet: this run starts from step 0"
     assert job.stdout.splitlines().count(said) == 1
     assert [row["step"] for row in Run(folder, job).steps] == [1]
+
+
+def test_a_run_that_ended_in_its_last_evaluation_makes_up_for_it(short, tp_run, tmp_path):
+    """All steps are done and saved; on one rank instead of two."""
+    folder = tmp_path / "run"
+    shutil.copytree(tp_run.folder, folder)
+    write_status(RunFolder(folder), "running", STEPS)
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:-1]))
+    checkpoints = snapshot(folder / "checkpoints")
+    run = Run(folder, single([*short, f"run_dir={folder}", "resume=true"]))
+    assert run.job.returncode == 0, run.job.stdout + run.job.stderr
+    assert run.status["state"] == "finished"
+    assert (run.status["step"], run.status["first_step"]) == (STEPS, STEPS)
+    assert len(run.rows) == len(tp_run.rows)
+    # Layouts differ by rounding, as in test_train.
+    wanted = {k: v for k, v in tp_run.evaluations[-1].items() if k != "time"}
+    assert {k: run.evaluations[-1][k] for k in wanted} == pytest.approx(wanted, rel=1e-6)
+    assert snapshot(folder / "checkpoints") == checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from launch.run_checkpoints import order_facts
 from tests.unit.data_cases import SPEC, cache_in, open_sources, write_dataset
 from ttt_dist.data.batches import StepBatches, eval_batches
 from ttt_dist.data.cache import BrokenPieceError
@@ -61,6 +62,15 @@ def test_the_order_of_a_seed_never_changes():
     assert [weighted[n] for n in range(10)] == [0, 4, 1, 3, 2, 3, 1, 2, 4, 0]
 
 
+def test_every_stage_has_an_order_of_its_own():
+    """Otherwise each would meet the same samples first; the first stage's is the run's."""
+    stages = [GlobalOrder([23], [1.0], seed=0, shuffle=True, stage=n) for n in (0, 200, 400)]
+    orders = [[stage[n] for n in range(23)] for stage in stages]
+    assert orders[0] == [order()[n] for n in range(23)]
+    assert len({tuple(each) for each in orders}) == 3
+    assert [sorted(each) for each in orders] == [list(range(23))] * 3
+
+
 def test_sources_are_drawn_by_weight_and_passed_through_evenly():
     weighted = GlobalOrder([50, 10, 7], [2.0, 1.0, 0.25], seed=0, shuffle=True)
     count = 20_000
@@ -100,6 +110,25 @@ def test_a_tiny_weight_is_drawn_too():
 def test_impossible_orders_are_refused(sizes, weights, seed):
     with pytest.raises(ValueError, match="found"):
         GlobalOrder(sizes, weights, seed=seed, shuffle=True)
+
+
+def test_the_facts_of_an_order_know_what_pieces_are_numbered_by(dataset, tmp_path):
+    """Not what the recordings hold, nor where they lie."""
+
+    def digest(lengths: list[float], pieces: list[int], name: str = "train") -> str:
+        folder = tmp_path / f"{pieces[0]}{name}"
+        sources = open_sources(write_dataset(folder / "data", lengths, name=name))
+        cache = cache_in(folder / "cache")
+        for key, count in zip(cache.keys(sources[0].recordings), pieces, strict=True):
+            cache.write(key, torch.zeros(count, SPEC.rows, SPEC.frames, dtype=torch.int32))
+        (facts,) = order_facts(PieceDataset(sources, cache))
+        assert facts["pieces"] == sum(pieces)
+        return facts["recordings"]
+
+    (facts,) = order_facts(dataset)
+    assert facts["recordings"] == digest([0.3, 0.3], [9, 14])
+    others = {digest([0.2, 0.2], [14, 9]), digest([0.2, 0.2], [9, 14], "other")}
+    assert len(others - {facts["recordings"]}) == 2
 
 
 def test_pieces_are_found_across_recordings(dataset):

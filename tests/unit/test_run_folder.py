@@ -20,7 +20,10 @@ from launch.run_folder import (
 
 
 def sources(*each: tuple[str, int, float]) -> list[dict]:
-    return [{"path": path, "pieces": size, "weight": weight} for path, size, weight in each]
+    return [
+        {"path": path, "pieces": size, "weight": weight, "recordings": "first"}
+        for path, size, weight in each
+    ]
 
 
 def test_sources_of_a_resumed_run_may_move_but_not_change():
@@ -35,6 +38,15 @@ def test_sources_of_a_resumed_run_may_move_but_not_change():
     weighed = sources(("a.jsonl", 5, 3.0), ("b.jsonl", 7, 2.0))
     assert "found 5 pieces and weight 3" in other_data_problems(saved, weighed)[0]
     assert "1 sources, but" in other_data_problems(saved, saved[:1])[0]
+
+
+def test_other_recordings_are_found_by_their_order_and_pieces():
+    """Not by their folders; and checkpoints of earlier versions have no digest."""
+    (first,) = sources(("a.jsonl", 5, 1.0))
+    second = first | {"recordings": "second"}
+    assert "or stand in another order" in other_data_problems([first], [second])[0]
+    earlier = {key: value for key, value in first.items() if key != "recordings"}
+    assert other_data_problems([earlier], [first]) == []
 
 
 def config_for(run_dir: Path, *overrides: str) -> TrainConfig:
@@ -78,20 +90,21 @@ def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     assert create(config_for(tmp_path)) == tmp_path
 
 
-def test_status_is_replaced_whole(tmp_path: Path) -> None:
-    folder = create_run_folder(config_for(tmp_path / "run"), world_size=1, hosts=[])
-    folder.write_status("running", 0)
-    folder.write_status("failed", 7, "a rank was lost")
-    status = json.loads((folder.path / "status.json").read_text())
-    assert (status["state"], status["step"], status["reason"]) == ("failed", 7, "a rank was lost")
-    assert not list(folder.path.glob(".*"))
-
-
 def test_resume_keeps_the_global_batch_size(tmp_path: Path) -> None:
     path = create(config_for(tmp_path / "run", "global_batch_size=8"))
     assert adopt_saved(config_for(path, "resume=true")).global_batch_size == 8
     with pytest.raises(UserError, match="began with 8"):
         adopt_saved(config_for(path, "resume=true", "global_batch_size=4"))
+
+
+def test_lanes_count_for_a_resumed_run_only_where_it_has_some(tmp_path: Path) -> None:
+    alone = create(config_for(tmp_path / "alone").model_copy(update={"num_lanes": None}))
+    adopt_saved(config_for(alone, "resume=true", "num_lanes=8"))
+    along = ["ttt.enable=true", "ttt.persistent_states=true"]
+    lanes = create(config_for(tmp_path / "lanes", *along, "num_lanes=4"))
+    assert adopt_saved(config_for(lanes, *along, "resume=true")).num_lanes == 4
+    with pytest.raises(UserError, match=r"num_lanes: found 8, but .* began with 4"):
+        adopt_saved(config_for(lanes, *along, "resume=true", "num_lanes=8"))
 
 
 def test_resume_tells_everything_that_it_may_not_change(tmp_path: Path) -> None:

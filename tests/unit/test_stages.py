@@ -16,7 +16,17 @@ class Numbers:
     """A feed whose batches are its name and the step in it; counts those that are open."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.open = name, 0
+        self.name, self.open, self.finished, self.restored = name, 0, 0, False
+
+    def carried(self) -> dict[str, str]:
+        return {"carry": self.name}
+
+    def restore(self, carried: dict[str, str]) -> None:
+        assert carried == {"carry": "a"}
+        self.restored = True
+
+    def finish(self) -> None:
+        self.finished += 1
 
     @contextmanager
     def batches(self, first_step: int):
@@ -42,8 +52,20 @@ def test_every_step_has_the_batch_of_its_stage(feeds, first_step):
             assert feed is staged.at(step)
             assert batch == expected[step]
             assert [each.open for each in feeds] == [int(each is feed) for each in feeds]
+            assert [each.finished for each in feeds] == [
+                int(first_step < end <= step) for end in (2, 5, 8)
+            ]
     assert not any(each.open for each in feeds)
     assert staged.last is feeds[2]
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 7])
+def test_what_a_checkpoint_holds_goes_to_the_stage_at_hand(feeds, step):
+    """The one that lent its shapes is freed before."""
+    staged = StagedFeed(dict(zip((0, 2, 5), feeds, strict=True)))
+    staged.restore(step, staged.carried())
+    assert [each.restored for each in feeds] == [each is staged.at(step) for each in feeds]
+    assert [each.finished for each in feeds] == [1, 0, 0]
 
 
 def config_of(*settings: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,10 +45,12 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
         self._codes = find_codes(self._recordings, cache)
         counts = [codes.num_pieces for codes in self._codes]
         self._ends = np.cumsum(counts, dtype=np.int64)
+        self.source_digests: list[str] = []
         first = 0
         for source in sources:
             last = first + len(source.recordings)
             self.source_sizes.append(sum(counts[first:last]))
+            self.source_digests.append(order_digest(source.recordings, counts[first:last]))
             first = last
 
     def __len__(self) -> int:
@@ -68,6 +72,17 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
             raise IndexError(f"piece {index} of {len(self)}")
         place = int(np.searchsorted(self._ends, index, side="right"))
         return place, index - (int(self._ends[place - 1]) if place > 0 else 0)
+
+
+def order_digest(recordings: Sequence[Recording], pieces: Sequence[int]) -> str:
+    """Of what numbers the pieces of a source: its recordings' names and pieces, in order.
+
+    Folders may move, and what the files hold may be mended.
+    """
+    named = [
+        [recording.path.name, count] for recording, count in zip(recordings, pieces, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 class StoredCodes(Protocol):
@@ -122,6 +137,7 @@ class GlobalOrder:
         weights: how often each source is drawn, relative; the smallest share is 1e-6.
         seed: 0 or above.
         shuffle: shuffle within a source.
+        stage: another one has another order.
 
     Raises:
         ValueError: a number is out of range.
@@ -134,6 +150,7 @@ class GlobalOrder:
         *,
         seed: int,
         shuffle: bool,
+        stage: int = 0,
     ) -> None:
         self._sizes = list(sizes)
         shares = np.asarray(weights, dtype=np.float64)
@@ -155,7 +172,7 @@ class GlobalOrder:
         self._block = max(_MIN_BLOCK, int(np.ceil(2 / shares.min())))
         self._bounds = np.concatenate([[0.0], np.cumsum(shares)])
         self._bounds[-1] = 1.0
-        self._seed = seed
+        self._seed, self._stage = seed, stage
         self._shuffle = shuffle
         self._epochs: dict[int, dict[int, np.ndarray]] = {}
         self._layout: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -195,7 +212,8 @@ class GlobalOrder:
 
     def _permutation(self, size: int, stream: int, epoch: int) -> np.ndarray:
         # numpy keeps the raw bits of a bit generator from version to version, its shuffles not.
-        bits = np.random.PCG64(np.random.SeedSequence([self._seed, stream, epoch])).random_raw(size)
+        entropy = [self._seed, stream, epoch, *([self._stage] if self._stage else [])]
+        bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size)
         return np.argsort(bits, kind="stable")
 
 

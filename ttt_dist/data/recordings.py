@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ttt_dist.data.cache import CodesCache
-from ttt_dist.data.dataset import EncodingRanks, encode_splits, find_codes
+from ttt_dist.data.dataset import EncodingRanks, encode_splits, find_codes, order_digest
 from ttt_dist.data.encode import Codec
 from ttt_dist.data.manifest import Source, all_recordings
 
@@ -26,6 +26,7 @@ class RecordingDataset:
         source_paths: of each source, as it was named.
         weights, source_sizes: of each source, its weight and its recordings, for `GlobalOrder`.
         source_pieces: of each source, pieces of all its recordings.
+        source_digests: of each source, its `order_digest`.
         rows: R, rows of codes: text, left channel, right channel.
         frames: T, frames of a piece.
 
@@ -49,6 +50,10 @@ class RecordingDataset:
         self._ends = np.cumsum(counts, dtype=np.int64)
         borders = np.cumsum([0, *self.source_sizes])
         self.source_pieces = [sum(counts[a:b]) for a, b in itertools.pairwise(borders)]
+        self.source_digests = [
+            order_digest(source.recordings, counts[a:b])
+            for source, (a, b) in zip(sources, itertools.pairwise(borders), strict=True)
+        ]
 
     def __len__(self) -> int:
         """Pieces of all recordings."""
