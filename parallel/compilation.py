@@ -11,6 +11,15 @@ import torch
 from ttt_dist.moshi.block import TTTMoshi
 from ttt_dist.moshi.build import depformer_layers, transformer_layers
 
+# Compiled versions of one part of a layer: for each length of pieces, with and without gradients,
+# of the parameters or of what comes in, in the transformer and in the Depformer. torch gives up
+# at 8, in the middle of a run. Guards of as many are checked in microseconds.
+_VERSIONS = 128
+
+# Activation checkpointing keeps the scan's results without the compiler's knowing: it must write
+# nothing else into their memory once it has no more use for them itself.
+_LEAVE_RESULTS_ALONE = {"inplace_buffers": False, "allow_buffer_reuse": False}
+
 
 def compile_layers(model: TTTMoshi) -> int:
     """Compile every transformer and Depformer layer by itself; returns their number.
@@ -20,14 +29,16 @@ def compile_layers(model: TTTMoshi) -> int:
     layers or more stays eager: its scan is a Python loop over all mini-batches, which a compiler
     would unroll. In all others the scan's own elementwise code is compiled too.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VERSIONS)
     layers = transformer_layers(model) + depformer_layers(model)
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     for layer in layers:
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
         if layer.ttt is None:
-            layer.wrap_parts(backbone=compiled, ttt=compiled)
+            layer.wrap_parts(backbone=compiled, ttt=_eager)
             continue
         compilable = layer.ttt.layer.config.scan_is_operator
-        layer.wrap_parts(backbone=compiled, ttt=compiled if compilable else _eager)
+        with_scan = partial(compiled, options=_LEAVE_RESULTS_ALONE) if compilable else _eager
+        layer.wrap_parts(backbone=compiled, ttt=with_scan)
         layer.ttt.layer.compiled = compilable
     return len(layers)
 

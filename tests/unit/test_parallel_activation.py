@@ -1,6 +1,8 @@
 """Activation checkpointing and compilation change what is kept and run, not what comes out."""
 
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.activation import checkpoint_layers
 from parallel.compilation import compile_layers
-from tests.distributed.tiny import TTT_LAYERS, random_codes
+from tests.distributed.tiny import LM_CONFIG, TTT_LAYERS, random_codes, ttt_placement
 from tests.unit.moshi_cases import active_hybrid_model, set_windows, total_loss
-from ttt_dist.moshi.build import depformer_layers, transformer_layers
+from ttt_dist.moshi.build import (
+    build_model,
+    depformer_layers,
+    freeze_base,
+    transformer_layers,
+)
 from ttt_dist.ops import scan_op
 from ttt_dist.ops.implementations import Implementation
 
@@ -128,3 +135,47 @@ def test_compiled_layers_give_the_same_gradients(scans):
     for name, value in expected.items():
         error = (found[name] - value).norm() / value.norm()
         assert error < 1e-5, (name, error)
+
+
+@pytest.mark.integration  # half a minute of compilation
+def test_compiled_code_leaves_alone_what_checkpointing_keeps(monkeypatch):
+    """With one head, as where tp has as many ranks as there are heads, the scan's output and what
+    the output norm makes of it lie alike in memory: the one could replace the other."""
+    monkeypatch.setenv("TTT_DIST_NATIVE", "0")
+    small = {"num_layers": 1, "depformer_num_layers": 1, "num_heads": 1}
+    settings = LM_CONFIG | small
+    placement = replace(ttt_placement(lm_config=settings), layers=(0,))
+    torch.manual_seed(0)
+    model = build_model(settings, placement, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.normal_(std=0.2)
+    codes = random_codes(2, FRAMES)
+    expected = gradients(model, codes)
+    compile_layers(model)
+    checkpoint_layers(model, "layer")
+    torch._dynamo.reset()
+    found = gradients(model, codes)
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error < 1e-5, (name, error)
+
+
+@pytest.mark.integration  # a quarter of a minute of tracing
+def test_lengths_may_change_many_times_under_compilation(monkeypatch):
+    """Every length, with gradients and without, of parameters or of inputs, is compiled anew: here
+    by a compiler that only traces. Unsaid, torch allows 8 in all, which three lengths exceed."""
+    settings = {"backend": "eager", "fullgraph": True, "dynamic": False}
+    tracing = partial(torch.compile, **settings)
+    monkeypatch.setattr(torch, "compile", lambda part, **_: tracing(part))
+    model = set_windows(active_hybrid_model("mlp"))
+    freeze_base(model, torch.float32)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_layers(model)
+        checkpoint_layers(model, "layer")
+        torch._dynamo.reset()
+        for frames in (24, 40, 56):
+            codes = random_codes(2, frames)
+            with torch.no_grad():
+                model(codes)
+            assert gradients(model, codes)
