@@ -10,7 +10,7 @@ import torch
 
 from ttt_dist.layer import TTTLayer
 from ttt_dist.moshi.block import TTTMoshi
-from ttt_dist.moshi.build import transformer_layers
+from ttt_dist.moshi.build import depformer_layers, transformer_layers
 from ttt_dist.reading import Reading
 
 Probe = Callable[[int, Reading], None]
@@ -29,13 +29,13 @@ def probing(model: TTTMoshi, probe: Probe) -> Iterator[None]:
     """
     if torch.is_grad_enabled():
         raise RuntimeError("probing is for forwards without gradients; use torch.no_grad()")
-    blocks = [(i, layer, layer.ttt) for i, layer in enumerate(transformer_layers(model))]
     with ExitStack() as stack:
-        for index, layer, block in blocks:
-            if block is None:
-                continue
+        for layer in depformer_layers(model):
             stack.enter_context(layer.unwrapped())
-            stack.enter_context(_probed(block.layer, partial(probe, index)))
+        for index, layer in enumerate(transformer_layers(model)):
+            stack.enter_context(layer.unwrapped())
+            if layer.ttt is not None:
+                stack.enter_context(_probed(layer.ttt.layer, partial(probe, index)))
         yield
 
 
