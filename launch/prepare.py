@@ -34,12 +34,12 @@ from ttt_dist.moshi.release import open_release
 
 
 def read_splits(config: TrainConfig, *, check_files: bool) -> dict[str, tuple[Source, ...]]:
-    """Sources of `data.train_data` and, where it is set, `data.eval_data`; all problems at once."""
+    """Sources of `data.train_data` and, with `do_eval`, `data.eval_data`; all problems at once."""
     splits: dict[str, tuple[Source, ...]] = {}
     problems: list[str] = []
     specs = {"train": config.data.train_data, "eval": config.data.eval_data}
     for name, spec in specs.items():
-        if name == "eval" and not spec:
+        if name == "eval" and not (config.do_eval and spec):
             continue
         try:
             splits[name] = read_sources(spec, field=f"data.{name}_data", check_files=check_files)

@@ -42,6 +42,7 @@ def arguments(tmp_path):
         f"run_dir={tmp_path / 'run'}",
         f"data.train_data={train}",
         f"data.eval_data={held_out}",
+        "do_eval=true",
         f"data.cache_dir={tmp_path / 'cache'}",
         f"moshi_paths.hf_repo_id={release}",
         "duration_sec=2.0",
@@ -80,6 +81,16 @@ def test_recordings_stay_whole_where_states_are_carried(arguments):
     (spec,) = codes_specs(whole, open_release(**whole.moshi_paths.model_dump())).values()
     recordings = RecordingDataset(splits["train"], open_cache(whole, splits, spec), 16)
     assert [recordings.frames_of(n) for n in range(4)] == [63, 38, 25, 13]
+
+
+def test_held_out_data_that_nothing_is_evaluated_on_may_be_gone(arguments, tmp_path):
+    """Neither training nor preparing reads them; preflight doesn't look at them either."""
+    config = load_config(
+        None, [*arguments, "do_eval=false", f"data.eval_data={tmp_path}/gone.jsonl"]
+    )
+    assert list(read_splits(config, check_files=True)) == ["train"]
+    line = prepare(config, rank=0, world_size=1, device=CPU)
+    assert line.startswith("4 recordings, 7 pieces, 11 s of audio; encoded now: 4")
 
 
 def test_the_cut_and_the_weights_of_a_release_belong_to_the_key(arguments):
