@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,16 @@ def write_dataset(
     manifest = folder / f"{name}.jsonl"
     manifest.write_text("\n".join(lines) + "\n")
     return manifest
+
+
+def change_ctime(path: Path) -> None:
+    """As chown, chmod and hard links do; the clock of file times may need another tick for it."""
+    before = path.stat()
+    deadline = time.monotonic() + 10.0
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        assert time.monotonic() < deadline, "ctime stands still"
+        path.chmod(before.st_mode)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def open_sources(spec: object) -> tuple[Source, ...]:

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.data_cases import SPEC, cache_in, open_sources, small_codec, stereo, write_dataset
+from tests.unit.data_cases import (
+    SPEC,
+    cache_in,
+    change_ctime,
+    open_sources,
+    small_codec,
+    stereo,
+    write_dataset,
+)
 from tests.wav import write_wav
 from ttt_dist.data.cache import CodesCache
 from ttt_dist.data.dataset import PieceDataset
@@ -68,13 +76,32 @@ def test_hashes_of_unchanged_files_are_remembered(tmp_path, monkeypatch):
     (source,) = open_sources(write_dataset(tmp_path / "data", [1.0]))
     (recording,) = source.recordings
     cache = cache_in(tmp_path / "cache")
-    assert cache.known_key(recording) is None
+    assert cache.likely_key(recording) is None
     key = cache.key(recording)
-    assert cache.known_key(recording) == key
+    assert cache.likely_key(recording) == key
     for memo in (tmp_path / "cache" / "hashes").iterdir():
         memo.write_text("[1, 2")  # damaged: hashed again
-    assert cache.known_key(recording) is None
-    assert cache.key(recording) == cache.known_key(recording) == key
+    assert cache.likely_key(recording) is None
+    assert cache.key(recording) == cache.likely_key(recording) == key
+
+
+def test_another_ctime_leaves_a_key_likely_and_never_certain(tmp_path):
+    (source,) = open_sources(write_dataset(tmp_path / "data", [1.0]))
+    (recording,) = source.recordings
+    cache = cache_in(tmp_path / "cache")
+    key = cache.key(recording)
+    for path in (recording.path, recording.alignments_path):
+        change_ctime(path)
+    assert cache.likely_key(recording) == key
+    status = recording.path.stat()
+    samples = stereo(1.0)
+    samples[1, -1] += 0.5
+    write_wav(recording.path, samples)  # of the same size
+    os.utime(recording.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert cache.likely_key(recording) == key
+    assert cache.key(recording) != key
+    os.utime(recording.path, (1, 1))
+    assert cache.likely_key(recording) is None
 
 
 def _truncate(path: Path) -> None:

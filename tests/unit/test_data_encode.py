@@ -11,7 +11,15 @@ from moshi.models.compression import MimiModel
 from moshi.models.loaders import CheckpointInfo
 from moshi.models.loaders import _mimi_config as MIMI_CONFIG
 
-from tests.unit.data_cases import SPEC, cache_in, open_sources, small_codec, stereo, write_dataset
+from tests.unit.data_cases import (
+    SPEC,
+    cache_in,
+    change_ctime,
+    open_sources,
+    small_codec,
+    stereo,
+    write_dataset,
+)
 from tests.wav import write_wav
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset, default_cache_folder, open_pieces
@@ -64,6 +72,11 @@ def test_a_second_run_encodes_nothing(tmp_path, encoded_pieces):
     assert seen == [(f"train{n}.wav", False) for n in range(3)]
     assert len(encoded_pieces) == 3
     assert missing_seconds(source.recordings, cache) == 0.0
+    for path in (source.recordings[0].path, source.recordings[1].alignments_path):
+        change_ctime(path)
+    assert missing_seconds(source.recordings, cache) == 0.0
+    os.utime(source.recordings[0].path, (1, 1))
+    assert missing_seconds(source.recordings, cache) == pytest.approx(5.3)
 
 
 def test_shares_cover_all_recordings_once(tmp_path):
@@ -186,7 +199,8 @@ def test_long_encoding_is_left_to_prepare(tmp_path):
     train = open_sources(write_dataset(tmp_path / "data", [3.0]))
     waited = []
     arguments = {"rank": 0, "world_size": 1, "agree": lambda told: (waited.append(told), told)[1]}
-    with pytest.raises(DataError, match=r"lacks the codes of 3 s .*prepare\.py"):
+    told = r"lacks the codes of 3 s of audio \(files that .* modified count, too\), .*prepare\.py"
+    with pytest.raises(DataError, match=told):
         open_pieces(
             {"train": train},
             cache_in(tmp_path / "cache"),

@@ -168,12 +168,16 @@ class CodesCache:
             return self._combine(audio, _NO_ALIGNMENTS)
         return self._combine(audio, self._content_hash(recording.alignments_path))
 
-    def known_key(self, recording: Recording) -> str | None:
-        """As `key`, or None where a file's content would have to be hashed first."""
-        audio = self._remembered_hash(recording.path)
+    def likely_key(self, recording: Recording) -> str | None:
+        """As `key` without reading content, for estimates: None where no hash is remembered.
+
+        Size and time of modification are enough here: a new owner, mode or hard link changes ctime,
+        and not the content.
+        """
+        audio = self._remembered_hash(recording.path, exact=False)
         alignments: str | None = _NO_ALIGNMENTS
         if recording.has_text:
-            alignments = self._remembered_hash(recording.alignments_path)
+            alignments = self._remembered_hash(recording.alignments_path, exact=False)
         return None if audio is None or alignments is None else self._combine(audio, alignments)
 
     def path(self, key: str) -> Path:
@@ -227,19 +231,21 @@ class CodesCache:
     def _memo_path(self, path: Path) -> Path:
         return self.folder / "hashes" / f"{_hash_bytes(str(path).encode())}.json"
 
-    def _remembered_hash(self, path: Path) -> str | None:
+    def _remembered_hash(self, path: Path, *, exact: bool) -> str | None:
+        """The hash that was taken of a file as it is now; not `exact`: with whatever ctime."""
         try:
             memo = json.loads(self._memo_path(path).read_bytes())
             state = _file_state(path)
         except (OSError, ValueError):
             return None
-        if isinstance(memo, dict) and memo.get("state") == state:
-            value = memo.get("sha256")
-            return value if isinstance(value, str) else None
-        return None
+        then = memo.get("state") if isinstance(memo, dict) else None
+        if not isinstance(then, list) or (then if exact else [*then[:2], state[2]]) != state:
+            return None
+        value = memo.get("sha256")
+        return value if isinstance(value, str) else None
 
     def _content_hash(self, path: Path) -> str:
-        remembered = self._remembered_hash(path)
+        remembered = self._remembered_hash(path, exact=True)
         if remembered is not None:
             return remembered
         try:
@@ -288,6 +294,7 @@ def _open_codes(path: Path, spec: CodesSpec) -> CachedCodes:
 
 
 def _file_state(path: Path) -> list[int]:
+    """Size, mtime and ctime."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

@@ -286,7 +286,8 @@ def encode_splits(
     if seconds > longest:
         raise DataError(
             [
-                f"data.cache_dir: {cache.folder} lacks the codes of {seconds:.0f} s of audio, and "
+                f"data.cache_dir: {cache.folder} lacks the codes of {seconds:.0f} s of audio "
+                "(files that weren't hashed since they were moved or modified count, too), and "
                 f"training encodes at most data.max_inline_encode_sec = {longest:.0f} s by "
                 "itself; run `launch/prepare.py CONFIG` first, under torchrun to split it"
             ]

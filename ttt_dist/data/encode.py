@@ -131,14 +131,14 @@ def mimi_config_problems(info: CheckpointInfo) -> list[str]:
 def missing_seconds(recordings: Sequence[Recording], cache: CodesCache) -> float:
     """Seconds of audio without cached codes, by the manifests' durations; reads no audio.
 
-    A recording whose content was never hashed under its present path counts as missing, so after a
-    move of the data this is an upper bound.
+    A recording whose content wasn't hashed under its present path since it was last modified counts
+    as missing, so after a move of the data this is an upper bound.
     """
     total = 0.0
     for recording in recordings:
         if recording.is_codes:
             continue
-        key = cache.known_key(recording)
+        key = cache.likely_key(recording)
         if key is None or cache.find(key) is None:
             total += recording.duration
     return total
