@@ -7,6 +7,7 @@ import pytest
 
 from tests.unit.data_cases import open_sources, stereo, write_dataset
 from tests.wav import write_wav
+from ttt_dist.data.dataset import GlobalOrder
 from ttt_dist.data.manifest import DataError, all_recordings, read_sources
 
 
@@ -37,6 +38,18 @@ def test_a_colon_may_be_part_of_a_path(tmp_path):
     manifest = write_dataset(tmp_path / "take:2", [0.5])
     assert open_sources(manifest)[0].weight == 1.0
     assert open_sources(f"{manifest}:2")[0].weight == 2.0
+
+
+def test_weights_too_small_for_an_order_are_told_with_the_sources(tmp_path):
+    """Not by the order itself, which is made when all audio is encoded."""
+    first, second = (write_dataset(tmp_path / name, [0.5]) for name in "ab")
+    with pytest.raises(DataError) as raised:
+        open_sources(f"{first}:2000000,{second}:1,nowhere.jsonl")
+    small, missing = sorted(raised.value.problems, key=lambda problem: "nowhere" in problem)
+    assert small.startswith(f"data.train_data: the weight of {second} is 5e-07 of all, allowed is")
+    assert "there is no file or folder" in missing
+    weights = [source.weight for source in open_sources(f"{first}:999999,{second}:1")]
+    assert GlobalOrder([1, 1], weights, seed=0, shuffle=False)[0] in (0, 1)
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):

@@ -14,12 +14,11 @@ import torch
 
 from ttt_dist.data.cache import CodesCache
 from ttt_dist.data.encode import Codec, encode_missing, missing_seconds
-from ttt_dist.data.manifest import DataError, Recording, Source, all_recordings
+from ttt_dist.data.manifest import MIN_SHARE, DataError, Recording, Source, all_recordings
 from ttt_dist.data.ready import open_ready
 
 # Several sources share blocks of this many samples in proportion to their weights.
 _MIN_BLOCK = 1024
-_MIN_SHARE = 1e-6
 _MAX_LISTED = 10
 
 
@@ -134,7 +133,8 @@ class GlobalOrder:
 
     Args:
         sizes: samples of each source, above 0; sample numbers run through the sources in order.
-        weights: how often each source is drawn, relative; the smallest share is 1e-6.
+        weights: how often each source is drawn, relative; the smallest share is
+            `manifest.MIN_SHARE`.
         seed: 0 or above.
         shuffle: shuffle within a source.
         stage: another one has another order.
@@ -161,9 +161,9 @@ class GlobalOrder:
                 f"weights: found {weights}, allowed are {len(self._sizes)} numbers above 0"
             )
         shares = shares / shares.sum()
-        if shares.min() < _MIN_SHARE:
+        if shares.min() < MIN_SHARE:
             raise ValueError(
-                f"weights: found {weights}, the smallest is below {_MIN_SHARE:g} of all"
+                f"weights: found {weights}, the smallest is below {MIN_SHARE:g} of all"
             )
         if seed < 0:
             raise ValueError(f"seed: found {seed}, allowed is 0 or above")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+import numpy as np
 import sphn
 
 from ttt_dist.data.codes_file import (
@@ -36,6 +37,8 @@ DURATION_TOLERANCE_SHARE = 0.01
 LONGEST_SEC = 1e9  # above every recording; a whole number in JSON may be too large for a float
 # Headers lie on network disks more often than not: latency, not work, is what threads hide.
 CHECK_THREADS = 8
+# Of a source's weight in all: the order holds every source in proportion, in blocks of 2 / share.
+MIN_SHARE = 1e-6
 # A manifest of the wrong kind fails on every line; the first ones tell all there is to tell.
 _MAX_PROBLEMS_A_MANIFEST = 20
 
@@ -137,7 +140,21 @@ def scan_sources(spec: str, *, field: str) -> tuple[tuple[Source, ...], list[str
         for manifest in _manifests(path, field, problems):
             recordings += _read_manifest(manifest, problems)
         sources.append(Source(path, weight, tuple(recordings)))
+    weights = [source.weight for source in sources]
+    problems += small_shares([source.path for source in sources], weights, field=field)
     return tuple(sources), problems
+
+
+def small_shares(paths: Sequence[Path], weights: Sequence[float], *, field: str) -> list[str]:
+    """Sources whose share of all weights is smaller than an order can give them, as problems."""
+    shares = np.asarray(weights, dtype=np.float64)
+    shares = shares / shares.sum()
+    return [
+        f"{field}: the weight of {path} is {share:.3g} of all, allowed is {MIN_SHARE:g} or more; "
+        "raise it, lower the others, or leave this source out"
+        for path, share in zip(paths, shares.tolist(), strict=True)
+        if share < MIN_SHARE
+    ]
 
 
 def all_recordings(sources: Iterable[Source]) -> list[Recording]:
