@@ -57,7 +57,8 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     train_data: str = ""
-    """a .jsonl manifest, a folder of them, or several as `path:weight,path:weight`"""
+    """a .jsonl manifest, a folder of them, or several as `path:weight,path:weight`; a weight is a
+    share of what is trained on, in pieces"""
     eval_data: str = ""
     """held-out data, in the same form"""
     shuffle: bool = False

@@ -252,7 +252,7 @@ class RecordingFeed:
 def _order(config: TrainConfig, train: PieceDataset | RecordingDataset, stage: int) -> GlobalOrder:
     return GlobalOrder(
         train.source_sizes,
-        train.weights,
+        train.order_weights,
         seed=config.seed,
         shuffle=config.data.shuffle,
         stage=stage,

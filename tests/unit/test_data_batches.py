@@ -1,17 +1,21 @@
 """The global order and its batches: complete, independent of the layout, resumable by step."""
 
 import collections
+import dataclasses
 import threading
 
 import pytest
 import torch
 
+from launch.config import read_config
+from launch.feeding.feed import _order
 from launch.run_checkpoints import order_facts
 from tests.unit.data_cases import SPEC, cache_in, open_sources, write_dataset
 from ttt_dist.data.batches import StepBatches, eval_batches
 from ttt_dist.data.cache import BrokenPieceError
 from ttt_dist.data.dataset import GlobalOrder, PieceDataset
-from ttt_dist.data.manifest import DataError
+from ttt_dist.data.manifest import DataError, all_recordings
+from ttt_dist.data.recordings import RecordingDataset
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,38 @@ def test_a_tiny_weight_is_drawn_too():
     rare = GlobalOrder([3, 2], [1.0, 0.0005], seed=0, shuffle=False)
     drawn = collections.Counter(rare[n] for n in range(40_000))
     assert 18 <= drawn[3] + drawn[4] <= 22
+
+
+def open_calls_and_clips(folder, weights):
+    """A call of 300 pieces beside three clips of one."""
+    calls = write_dataset(folder / "calls", [0.2])
+    clips = write_dataset(folder / "clips", [0.2] * 3, seed=50)
+    sources = open_sources(f"{calls}:{weights[0]},{clips}:{weights[1]}")
+    cache = cache_in(folder / "cache", dataclasses.replace(SPEC, duration_sec=None))
+    keys = cache.keys(all_recordings(sources))
+    for key, frames in zip(keys, [300 * 5, 5, 4, 1], strict=True):
+        cache.write(key, torch.zeros(1, SPEC.rows, frames, dtype=torch.int32))
+    return RecordingDataset(sources, cache, 5)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 5)])
+def test_a_weight_is_a_share_of_pieces_along_recordings_too(tmp_path, weights):
+    """Drawn as often as a clip, the call would be nearly all that is trained on."""
+    recordings = open_calls_and_clips(tmp_path, weights)
+    assert recordings.weights == list(weights)  # as they are written, which a checkpoint keeps
+    settings = ["run_dir=x", "data.train_data=x", "max_steps=9"]
+    drawn = _order(read_config(None, settings).config, recordings, stage=0)
+    pieces = [0, 0]
+    for position in range(30_000):
+        pieces[min(drawn[position], 1)] += recordings.pieces_of(drawn[position])
+    # Calls are drawn 20 times at least, to within one.
+    assert pieces[0] / sum(pieces) == pytest.approx(weights[0] / sum(weights), abs=0.02)
+
+
+def test_a_weight_too_small_for_its_long_recordings_is_refused(tmp_path):
+    recordings = open_calls_and_clips(tmp_path, (0.00003, 1))
+    with pytest.raises(DataError, match=r"by the mean length of recordings\): .*calls.* is 1e-07"):
+        recordings.order_weights  # noqa: B018
 
 
 @pytest.mark.parametrize(

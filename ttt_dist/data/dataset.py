@@ -52,6 +52,11 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
             self.source_digests.append(order_digest(source.recordings, counts[first:last]))
             first = last
 
+    @property
+    def order_weights(self) -> list[float]:
+        """Of each source, for a `GlobalOrder` over pieces."""
+        return self.weights
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 

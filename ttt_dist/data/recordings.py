@@ -12,7 +12,7 @@ import torch
 from ttt_dist.data.cache import CodesCache
 from ttt_dist.data.dataset import EncodingRanks, encode_splits, find_codes, order_digest
 from ttt_dist.data.encode import Codec
-from ttt_dist.data.manifest import Source, all_recordings
+from ttt_dist.data.manifest import DataError, Source, all_recordings, small_shares
 
 
 class RecordingDataset:
@@ -24,7 +24,7 @@ class RecordingDataset:
 
     Attributes:
         source_paths: of each source, as it was named.
-        weights, source_sizes: of each source, its weight and its recordings, for `GlobalOrder`.
+        weights, source_sizes: of each source, its weight and its recordings.
         source_pieces: of each source, pieces of all its recordings.
         source_digests: of each source, its `order_digest`.
         rows: R, rows of codes: text, left channel, right channel.
@@ -58,6 +58,25 @@ class RecordingDataset:
     def __len__(self) -> int:
         """Pieces of all recordings."""
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def order_weights(self) -> list[float]:
+        """Of each source, for a `GlobalOrder` over recordings: a weight is a share of pieces.
+
+        Raises:
+            DataError: a source's recordings are too long to be drawn as rarely as that takes.
+        """
+        weights = [
+            weight * size / pieces
+            for weight, size, pieces in zip(
+                self.weights, self.source_sizes, self.source_pieces, strict=True
+            )
+        ]
+        field = "data.train_data (weights by the mean length of recordings)"
+        problems = small_shares(self.source_paths, weights, field=field)
+        if problems:
+            raise DataError(problems)
+        return weights
 
     @property
     def num_recordings(self) -> int:
