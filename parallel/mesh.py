@@ -61,13 +61,17 @@ class Mesh:
         return groups if self.dp_group is None else [*groups, self.dp_group]
 
 
-def init_process_group(timeout: timedelta) -> None:
+def init_process_group(timeout: timedelta, *, on_cpu: bool = False) -> None:
     """Join the job's process group: torchrun's, or one of this process alone without torchrun.
 
     NCCL on GPUs, gloo on CPUs. GPU jobs get gloo for CPU tensors too: checkpoints are planned over
     it.
+
+    Args:
+        timeout: of joining, and of the group's collectives.
+        on_cpu: ranks only talk to each other: gloo alone, whatever device they compute on.
     """
-    device = local_device()
+    device = torch.device("cpu") if on_cpu else local_device()
     settings: dict[str, Any] = {"timeout": timeout}
     if "RANK" not in os.environ:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

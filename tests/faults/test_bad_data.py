@@ -12,9 +12,9 @@ import pytest
 
 from launch.config import load_config
 from launch.prepare import open_cache, read_splits
-from tests.faults.jobs import Setting, assert_good, assert_taken_up
+from tests.faults.jobs import TIMEOUT, Setting, assert_good, assert_taken_up
 from tests.integration.runs import DEMO, PREPARE, TRAIN, Run, side_by_side, single
-from tests.ranks import REPO
+from tests.ranks import REPO, run_ranks
 from tests.wav import write_wav
 from ttt_dist.data.cache import CachedCodes, CodesSpec
 from ttt_dist.data.dataset import GlobalOrder, PieceDataset
@@ -153,6 +153,34 @@ def test_audio_that_fails_while_it_is_encoded(dataset, demo_base, tmp_path):
         assert len(list((tmp_path / "codes").glob("??/*.safetensors"))) == 1
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 0)
+
+
+def test_ranks_that_prepare_finish_their_shares_and_tell_all_together(dataset, demo_base, tmp_path):
+    """Rank 0 has audio that breaks off and good audio, rank 1 torn alignments."""
+    manifest = write_manifest(
+        dataset / "shares.jsonl", [("cut.wav", 2.2), ("torn.wav", 2.1), ("good.wav", 2.0)]
+    )
+    arguments = [
+        *(f"moshi_paths.hf_repo_id={demo_base}", f"data.cache_dir={tmp_path / 'codes'}"),
+        *("do_eval=false", "device=cpu"),
+    ]
+    job = run_ranks(2, PREPARE, [*arguments, f"data.train_data={manifest}"], timeout=TIMEOUT)
+    ours = job.stderr[: job.stderr.index("torch/distributed/elastic")]
+    told = problems_of(ours, "Can't prepare the data: 2 problems.")
+    assert_told(told, manifest, {"cut.wav": "cut.wav: ", "torn.wav": "is no JSON"})
+    report = job.stderr[job.stderr.index("Root Cause") :]
+    assert "exitcode  : 2 " in report
+    assert "rank      : 0 " in report
+    assert len(list((tmp_path / "codes").glob("??/*.safetensors"))) == 1
+
+    sound = [*arguments, f"data.train_data={dataset / 'sound.jsonl'}"]
+    job = run_ranks(2, PREPARE, sound, timeout=TIMEOUT)
+    assert job.returncode == 0, job.stderr
+    assert sorted(line.split(",")[0] for line in job.stdout.splitlines()) == [
+        "rank 0 of 2: 1 recordings",
+        "rank 1 of 2: 1 recordings",
+    ]
+    assert len(list((tmp_path / "codes").glob("??/*.safetensors"))) == 2
 
 
 def copy_codes(setting: Setting, folder: Path) -> Setting:

@@ -16,6 +16,7 @@ from launch.prepare import codes_specs, open_cache, prepare, read_splits
 from tests.unit.data_cases import small_mimi, small_mimi_config, small_tokenizer, write_dataset
 from ttt_dist.data.cache import CodesSpec
 from ttt_dist.data.dataset import PieceDataset
+from ttt_dist.data.manifest import DataError
 from ttt_dist.data.recordings import RecordingDataset
 from ttt_dist.moshi.release import open_release
 
@@ -130,6 +131,20 @@ def test_the_command_tells_mistakes_once_and_exits_with_2(arguments, tmp_path):
     assert "Can't prepare the data: 2 problems." in finished.stderr
     assert finished.stderr.count("train2.wav") == 1
     assert finished.stderr.count(f"the audio header of {tmp_path / 'data' / 'eval0.wav'}") == 1
+
+
+def test_what_another_rank_cannot_read_stops_this_one_before_it_encodes(arguments, tmp_path):
+    told = []
+    with pytest.raises(DataError, match="the disk of rank 0"):
+        prepare(
+            load_config(None, arguments),
+            rank=1,
+            world_size=2,
+            device=CPU,
+            agree=lambda problems: (told.append(problems), ["the disk of rank 0"])[1],
+        )
+    assert told == [[]]
+    assert not (tmp_path / "cache").exists()
 
 
 def _with_empty_config(folder: Path) -> list[str]:
