@@ -5,7 +5,7 @@ An evaluation leaves none out: it ends the run, on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,7 +15,6 @@ from parallel.reduce import highest_over_ranks
 from ttt_dist.data.batches import SampledStep, Samples
 
 _SHOWN = 4  # pieces in a message
-_LOOK = "look at the disk of data.cache_dir"
 
 
 class SampleGuard:
@@ -33,6 +32,7 @@ class SampleGuard:
         self._limit = limit
         self.skipped = int(counters.get("skipped_samples", 0))
         self.must_stop = False
+        self._come_ready: list[bool] = []  # of the pieces that stop the run
 
     @property
     def counters(self) -> dict[str, float]:
@@ -53,7 +53,9 @@ class SampleGuard:
         if not broken:
             return []
         self.must_stop = self.skipped + len(broken) > self._limit
-        if not self.must_stop:
+        if self.must_stop:
+            self._come_ready = [pieces.comes_ready(index) for index in broken]
+        else:
             step.leave_out(broken)
             self.skipped += len(broken)
         return _describe(broken, pieces)
@@ -70,7 +72,8 @@ class SampleGuard:
             f"step {step}: {count} piece{'' if count == 1 else 's'} of this run could not be read; "
             f"data.max_bad_samples allows {self._limit}",
             *_shown(lines),
-            f"{_LOOK}; {_how_to_go_on(newest)}",
+            f"{_how_to_mend(self._come_ready, lines_may_go=newest is None)}; "
+            f"{_how_to_go_on(newest)}",
         ]
 
 
@@ -95,6 +98,7 @@ def refuse_broken_evaluation(
     if not every:
         return
     count, checkpoint = len(every), newest()
+    come_ready = [pieces.comes_ready(index) for index in every]
     next_step = _how_to_go_on(checkpoint)
     if is_last and checkpoint is not None:
         next_step = f"all steps are done and saved, in {checkpoint}"
@@ -103,7 +107,7 @@ def refuse_broken_evaluation(
             f"an evaluation: {count} piece{'' if count == 1 else 's'} of data.eval_data could not "
             "be read, without which its losses can't be compared with others",
             *_shown(_describe(every, pieces)),
-            f"{_LOOK}; {next_step}",
+            f"{_how_to_mend(come_ready, lines_may_go=True)}; {next_step}",
         ],
         title="The run stopped",
     )
@@ -127,7 +131,29 @@ def _shown(lines: list[str]) -> list[str]:
     return [*lines[:_SHOWN], *more]
 
 
+def _how_to_mend(come_ready: Sequence[bool], *, lines_may_go: bool) -> str:
+    """What to do about broken codes.
+
+    Args:
+        come_ready: of each piece, whether its codes are a file that the manifest names.
+        lines_may_go: the manifest may do without the lines of such files.
+    """
+    ways = []
+    if not all(come_ready):
+        ways.append("look at the disk of data.cache_dir; a new start encodes anew what is damaged")
+    if any(come_ready):
+        without = (
+            "or take their lines out of the manifest"
+            if lines_may_go
+            else "and leave their lines in the manifest: without them resume is refused"
+        )
+        ways.append(
+            f"put the files of ready codes back as they were (no start makes them anew), {without}"
+        )
+    return "; ".join(ways)
+
+
 def _how_to_go_on(newest: Path | None) -> str:
     if newest is None:
-        return "a new start then encodes what is damaged anew (there is no checkpoint)"
-    return f"resume=true then encodes what is damaged anew and goes on from {newest}"
+        return "there is no checkpoint to go on from"
+    return f"resume=true then goes on from {newest}"

@@ -107,6 +107,7 @@ def test_codes_stand_beside_audio(tmp_path):
     assert [dataset.frames_of(n) for n in range(3)] == [25, 30, 13]
     assert torch.equal(dataset.codes(1), codes)
     assert dataset.describe(3).endswith("codes0.safetensors, piece 0")
+    assert [index for index in range(len(dataset)) if dataset.comes_ready(index)] == [3, 4, 5]
 
 
 def _other_rows(path):

@@ -19,6 +19,9 @@ class Samples(Protocol):
     def describe(self, index: int) -> str:
         """Where sample `index` comes from, for messages."""
 
+    def comes_ready(self, index: int) -> bool:
+        """Whether its codes are a file that the manifest names, and not encoded audio."""
+
 
 class SampledStep(Protocol):
     """A rank's share of a step, as far as its samples go."""

@@ -70,6 +70,10 @@ class PieceDataset(torch.utils.data.Dataset[torch.Tensor]):
         place, piece = self._locate(index)
         return f"{self._recordings[place].path}, piece {piece}"
 
+    def comes_ready(self, index: int) -> bool:
+        """Whether the codes of piece `index` are a file that the manifest names."""
+        return self._recordings[self._locate(index)[0]].is_codes
+
     def _locate(self, index: int) -> tuple[int, int]:
         """The recording that piece `index` is of, and its number in there."""
         if not 0 <= index < len(self):

@@ -118,6 +118,10 @@ class RecordingDataset:
         recording, piece = self.locate(index)
         return f"{self.path(recording)}, piece {piece}"
 
+    def comes_ready(self, index: int) -> bool:
+        """Whether the codes of piece `index` are a file that the manifest names."""
+        return self._recordings[self.locate(index)[0]].is_codes
+
 
 def open_recordings(
     splits: Mapping[str, Sequence[Source]],
