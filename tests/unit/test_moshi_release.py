@@ -1,15 +1,17 @@
 """Finding a release: every mistake in it gives one clear message, and no pickle is read."""
 
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import reset_sessions
+from moshi.models.loaders import MIMI_NAME, TEXT_TOKENIZER_NAME
 from safetensors.torch import save_file
 
 from tests.distributed.tiny import LM_CONFIG, save_release_weights
@@ -177,6 +179,68 @@ def test_a_hub_id_without_network_is_told_at_once(no_hub):
     assert time.monotonic() - start < 5
     assert "moshi_paths.hf_repo_id: cannot fetch 'kyutai/moshiko-pytorch-bf16'" in message
     assert "give a local folder" in message
+
+
+def fill_cache(folder: Path, cache: Path, absent: Iterable[str]) -> Path:
+    """A hub cache with all files of `folder`, as the hub's own client leaves it; its snapshot."""
+    commit, repository = "c0ffee" * 6 + "beef", cache / "models--owner--name"
+    for place in ("blobs", "refs", f"snapshots/{commit}", f".no_exist/{commit}"):
+        (repository / place).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    for path in folder.iterdir():
+        blob = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, repository / "blobs" / blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    for name in absent:
+        (repository / ".no_exist" / commit / name).touch()
+    return snapshot
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("absent", [[INDEX], []], ids=["noted as absent", "not noted"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_full_cache_needs_no_hub(folder, tmp_path, no_hub, absent, elsewhere):
+    """Of its files an index alone is asked for that isn't there."""
+    if elsewhere:
+        change_config(folder, moshi_name="hf://owner/name/model.safetensors")
+    snapshot = fill_cache(folder, tmp_path / "cache", absent)
+    opened = [open_release("owner/name")]
+    if elsewhere:
+        opened.append(open_release(str(folder)))
+    for info in opened:
+        assert info.moshi_weights == snapshot / "model.safetensors"
+        assert info.lm_config == LM_CONFIG
+
+
+def test_a_full_cache_of_several_files_needs_no_hub(folder, tmp_path, no_hub):
+    split_release(folder / "model.safetensors")
+    snapshot = fill_cache(folder, tmp_path / "cache", ["model.safetensors"])
+    assert open_release("owner/name").moshi_weights == snapshot / INDEX
+
+
+def test_a_cache_that_knows_of_no_config_needs_no_hub(folder, tmp_path, no_hub):
+    """As kept from a repository of Moshi 7B's own sizes."""
+    for name, key in ((MIMI_NAME, "mimi_name"), (TEXT_TOKENIZER_NAME, "tokenizer_name")):
+        (folder / NAMES[key]).rename(folder / name)
+    (folder / "config.json").unlink()
+    fill_cache(folder, tmp_path / "cache", ["config.json", INDEX])
+    with pytest.warns(UserWarning, match="contains no config.json"):
+        info = open_release("owner/name")
+    assert info.lm_config is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "noted"),
+    [("config.json", []), ("model.safetensors", []), ("mimi.safetensors", [INDEX])],
+)
+def test_a_cache_that_is_not_full_is_told(folder, tmp_path, no_hub, lost, noted):
+    """A file that isn't cached may exist, unless the cache says no."""
+    (folder / lost).unlink()
+    fill_cache(folder, tmp_path / "cache", noted)
+    assert "cannot fetch 'owner/name'" in message_of("owner/name")
 
 
 @pytest.mark.parametrize("name", ["bad name/with spaces", "owner/-name"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -213,7 +213,10 @@ def _fetch(repo_id: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(repo_id, name))
     except LocalEntryNotFoundError:
-        raise
+        # Without the hub its cache may still know that the repository has no such file.
+        if try_to_load_from_cache(repo_id, name) is not _CACHED_NO_EXIST:
+            raise
+        return None
     except EntryNotFoundError:
         return None
 
@@ -223,7 +226,13 @@ def _fetch_indexed(repo_id: str, name: str) -> Path | None:
 
     The files stand beside the index, whose names are plain.
     """
-    index = _fetch(repo_id, name + INDEX_SUFFIX)
+    try:
+        index = _fetch(repo_id, name + INDEX_SUFFIX)
+    except LocalEntryNotFoundError:
+        # Not every tool that fills the cache notes there what a repository doesn't have.
+        if not isinstance(try_to_load_from_cache(repo_id, name), str):
+            raise
+        return None
     if index is not None:
         folder = name.rpartition("/")[0]
         for part in names_in_index(index):
