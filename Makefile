@@ -4,10 +4,12 @@
 # make memory      the proof that TTT remembers: trains with and without it, plots loss against the gap
 # make setup       .venv with the pinned packages; another torch build by TORCH, e.g. a CUDA index:
 #                  make setup TORCH="torch==2.11.0 --index-url https://YOUR-INDEX/cu130"
+#                  which every later target keeps, until TORCH names another
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
 VENV := .venv
+PINNED := torch==2.13.0
+TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),$(PINNED))
 PY := $(VENV)/bin/python
 # Named after what it installs, so that a changed pin or TORCH sets up again.
 STAMP := $(VENV)/.installed-$(shell (echo "$(TORCH)"; cat requirements.txt) | cksum | cut -d' ' -f1)
@@ -21,6 +23,9 @@ $(STAMP): requirements.txt
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(TORCH)
+	# Another build than the pinned one is kept by later targets.
+	@rm -f $(VENV)/.torch
+	@test "$(TORCH)" = "$(PINNED)" || echo "$(TORCH)" > $(VENV)/.torch
 	$(PY) -m pip install --quiet -r requirements.txt
 	# moshi pins an older torch and pulls in audio devices and quantisation that training has no use
 	# for; what it does need stands in requirements.txt.
