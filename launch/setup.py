@@ -138,6 +138,16 @@ def ttt_placement(config: TrainConfig, lm_config: dict[str, Any] | None) -> TTTP
     )
 
 
+def device_warnings(config: TrainConfig, device: torch.device) -> list[str]:
+    """A CPU where a GPU may be meant."""
+    if config.device != "auto" or device.type != "cpu" or torch.version.cuda is None:
+        return []
+    return [
+        "device: auto is the CPU here: no GPU is visible, though torch is built for CUDA "
+        f"{torch.version.cuda}; check the driver and CUDA_VISIBLE_DEVICES, or set device=cpu"
+    ]
+
+
 def model_dtypes(config: TrainConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of master weights (at least float32) and of computation."""
     name = config.param_dtype

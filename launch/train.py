@@ -52,7 +52,7 @@ from launch.reporting.wandb_log import start_wandb
 from launch.run_checkpoints import newest_step
 from launch.run_folder import RunFolder, create_run_folder, host_facts
 from launch.run_status import RunStatus
-from launch.setup import make_model, resume, say
+from launch.setup import device_warnings, make_model, resume, say
 from launch.step import accumulate_gradients, evaluate
 from parallel.checkpoint import Progress, list_checkpoints
 from parallel.checkpoint_metadata import CheckpointError
@@ -108,7 +108,7 @@ def train(start: Start) -> None:
     say(f"run folder: {folder.path}")
     say("mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     say(f"a step: {describe_step(config, lanes)}")
-    for warning in run_warnings(config):
+    for warning in run_warnings(config) + device_warnings(config, device):
         say(f"warning: {warning}")
 
     status = RunStatus(folder, rank, newest_step(folder) if config.resume else 0)
