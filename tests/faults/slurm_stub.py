@@ -1,6 +1,7 @@
-"""Stands for `srun` and `scontrol` on a machine without SLURM; `install` puts both on a PATH.
+"""`srun`, `scancel` and `scontrol` for a machine without SLURM; `install` puts them on a PATH.
 
-`srun` starts each node's task here, beside the others, and passes signals on, as the real one does.
+`srun` starts each node's task here, beside the others. As the real one does, it passes SIGUSR1 on,
+and kills all that its tasks have started at SIGTERM. `scancel --signal` signals the tasks.
 `scontrol show hostnames` says that all nodes are this host; `scontrol requeue` is only noted.
 """
 
@@ -8,21 +9,23 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-REQUEUED = "requeued.txt"
+REQUEUED, TASKS = "requeued.txt", "tasks.txt"
+STEP = {"SLURM_STEP_ID": "0"}
 
 
 def install(folder: Path) -> Path:
-    """Make the two commands in `folder`; returns the file where `scontrol requeue` leaves ids."""
-    for name in ("srun", "scontrol"):
+    """Make the commands in `folder`; returns the file where `scontrol requeue` leaves ids."""
+    for name in ("srun", "scancel", "scontrol"):
         command = folder / name
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$0" "$@"\n')
         command.chmod(0o755)
     return folder / REQUEUED
 
 
-def srun(arguments: list[str]) -> int:
+def srun(arguments: list[str], folder: Path) -> int:
     options = dict(a.partition("=")[::2] for a in arguments if a.startswith("--"))
     nodes = int(options["--nodes"])
     assert int(options["--ntasks"]) == nodes
@@ -31,15 +34,47 @@ def srun(arguments: list[str]) -> int:
     tasks = [
         subprocess.Popen(
             arguments[first:],
-            env=os.environ | {"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)},
+            env=os.environ | STEP | {"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)},
             start_new_session=True,  # as on another machine
         )
         for node in range(nodes)
     ]
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, _: [task.send_signal(number) for task in tasks])
+    (folder / TASKS).write_text(" ".join(str(task.pid) for task in tasks))
+
+    def kill(number: int, _: object) -> None:
+        print("srun: forcing job termination", file=sys.stderr, flush=True)
+        while pids := of_step():
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
+    signal.signal(signal.SIGTERM, kill)
     codes = [task.wait() for task in tasks]
     return max(code if code >= 0 else 128 - code for code in codes)
+
+
+def of_step() -> list[int]:
+    """Process ids of the tasks and of all that they have started."""
+    variables = {"SLURM_JOB_ID": os.environ["SLURM_JOB_ID"]} | STEP
+    wanted = {f"{name}={value}".encode() for name, value in variables.items()}
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended meanwhile, or is another person's
+            if wanted <= set(file.read_bytes().split(b"\0")):
+                found.append(int(file.parent.name))
+    return found
+
+
+def scancel(arguments: list[str], folder: Path) -> int:
+    match arguments:
+        case ["--signal=TERM", _]:
+            for pid in (folder / TASKS).read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGTERM)
+        case _:
+            raise SystemExit(f"scancel {arguments}: not known here")
+    return 0
 
 
 def scontrol(arguments: list[str], folder: Path) -> int:
@@ -56,6 +91,5 @@ def scontrol(arguments: list[str], folder: Path) -> int:
 
 if __name__ == "__main__":
     called = Path(sys.argv[1])
-    if called.name == "srun":
-        sys.exit(srun(sys.argv[2:]))
-    sys.exit(scontrol(sys.argv[2:], called.parent))
+    command = {"srun": srun, "scancel": scancel, "scontrol": scontrol}[called.name]
+    sys.exit(command(sys.argv[2:], called.parent))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -80,33 +81,52 @@ def cluster(tmp_path) -> Cluster:
     return Cluster(tmp_path, slurm_stub.install(commands))
 
 
-def test_a_run_on_two_nodes_is_preempted_requeued_and_resumed(cluster, demo_base):
-    training = [
+def demo(cluster: Cluster, base: Path) -> list[str]:
+    """Arguments of training."""
+    return [
         str(REPO / "configs" / "demo.yaml"),
-        *(f"moshi_paths.hf_repo_id={demo_base}", f"data.cache_dir={cluster.folder / 'codes'}"),
-        *(f"max_steps={STEPS}", "global_batch_size=4", "batch_size=1", "parallel.tp=2"),
-        *("device=cpu", "do_eval=false", "tensorboard=false", "ckpt_freq=0"),
+        *(f"moshi_paths.hf_repo_id={base}", f"data.cache_dir={cluster.folder / 'codes'}"),
+        *(f"max_steps={STEPS}", "global_batch_size=4", "batch_size=1", "device=cpu"),
+        *("do_eval=false", "tensorboard=false", "ckpt_freq=0"),
     ]
+
+
+def stopped(
+    cluster: Cluster, script: Popen[str], stop: Callable[[], object]
+) -> tuple[int, str, str]:
+    """Exit code and output of a script that is stopped once its run has logged a step."""
+    metrics = cluster.run_dir / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
+            assert script.poll() is None, script.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        stop()
+        out, err = script.communicate(timeout=120)
+    finally:
+        kill_job(script)
+    return script.returncode, out, err
+
+
+def saved_step(cluster: Cluster, reason: str) -> int:
+    """The step after which the run was stopped, with a checkpoint."""
+    status = cluster.status
+    assert (status["state"], status["reason"]) == ("preempted", reason)
+    assert 1 <= status["step"] < STEPS
+    checkpoints = cluster.run_dir / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == [f"step-{status['step']:06d}"]
+    return status["step"]
+
+
+def test_a_run_on_two_nodes_is_preempted_requeued_and_resumed(cluster, demo_base):
+    training = [*demo(cluster, demo_base), "parallel.tp=2"]
     here = {"NPROC": "2", "GLOO_SOCKET_IFNAME": "lo"}
     metrics = cluster.run_dir / "metrics.jsonl"
     with cluster.start(*training, nodes=2, **here) as first:
-        try:
-            deadline = time.monotonic() + 200
-            while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
-                assert first.poll() is None, first.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            first.send_signal(signal.SIGUSR1)
-            out, err = first.communicate(timeout=120)
-        finally:
-            kill_job(first)
-    assert first.returncode == 0, out + err
-    status = cluster.status
-    assert (status["state"], status["reason"]) == ("preempted", "SIGUSR1")
-    step = status["step"]
-    assert 1 <= step < STEPS
-    checkpoints = cluster.run_dir / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == [f"step-{step:06d}"]
+        code, out, err = stopped(cluster, first, lambda: first.send_signal(signal.SIGUSR1))
+    assert code == 0, out + err
+    step = saved_step(cluster, "SIGUSR1")
     assert f"preempted after step {step}; requeued" in out
     assert cluster.noted() == [JOB]
 
@@ -133,6 +153,23 @@ def test_a_run_on_two_nodes_is_preempted_requeued_and_resumed(cluster, demo_base
     code, out, _ = cluster.run(*training, nodes=2, restarts=2, **here)
     assert (code, cluster.status["state"]) == (0, "finished")
     assert out.splitlines() == [f"train.sbatch: the run in {cluster.run_dir} is finished"]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_sigterm_ends_with_a_checkpoint(cluster, demo_base, twice):
+    """To the script, or to the tasks first and to the script as well."""
+    settings = {"NPROC": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with cluster.start(*demo(cluster, demo_base), **settings) as script:
+
+        def stop() -> None:
+            if twice:
+                slurm_stub.scancel(["--signal=TERM", JOB], cluster.requeued.parent)
+            script.send_signal(signal.SIGTERM)
+
+        code, out, err = stopped(cluster, script, stop)
+    step = saved_step(cluster, "SIGTERM")
+    assert (code, cluster.noted()) == (1, []), out + err
+    assert f"stopped by SIGTERM after step {step}, so not requeued" in err
 
 
 def test_a_run_that_cannot_start_is_not_requeued(cluster):
