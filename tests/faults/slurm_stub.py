@@ -2,7 +2,8 @@
 
 `srun` starts each node's task here, beside the others. As the real one does, it passes SIGUSR1 on,
 and kills all that its tasks have started at SIGTERM. `scancel --signal` signals the tasks.
-`scontrol show hostnames` says that all nodes are this host; `scontrol requeue` is only noted.
+`scontrol show hostnames` says that all nodes are this host, `show job` whether another job preempts
+this one, and `requeue` is only noted.
 """
 
 import os
@@ -12,7 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-REQUEUED, TASKS = "requeued.txt", "tasks.txt"
+REQUEUED, TASKS, PREEMPTED = "requeued.txt", "tasks.txt", "preempted.txt"
 STEP = {"SLURM_STEP_ID": "0"}
 
 
@@ -81,6 +82,12 @@ def scontrol(arguments: list[str], folder: Path) -> int:
     match arguments:
         case ["show", "hostnames", _]:
             print("\n".join(["localhost"] * int(os.environ["SLURM_JOB_NUM_NODES"])))
+        case ["show", "job", job]:
+            file = folder / PREEMPTED
+            time = file.read_text() if file.exists() else "None"
+            print(f"JobId={job} JobName=ttt-dist")
+            print(f"   PreemptEligibleTime=2021-06-10T13:32:46 PreemptTime={time}")
+            print("   SuspendTime=None SecsPreSuspend=0")
         case ["requeue", job]:
             with (folder / REQUEUED).open("a") as file:
                 file.write(f"{job}\n")

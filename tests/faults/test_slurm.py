@@ -155,21 +155,26 @@ def test_a_run_on_two_nodes_is_preempted_requeued_and_resumed(cluster, demo_base
     assert out.splitlines() == [f"train.sbatch: the run in {cluster.run_dir} is finished"]
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_sigterm_ends_with_a_checkpoint(cluster, demo_base, twice):
-    """To the script, or to the tasks first and to the script as well."""
+@pytest.mark.parametrize("makes_way", [False, True])
+def test_sigterm_ends_with_a_checkpoint(cluster, demo_base, makes_way):
+    """To the script, or to the tasks first and to the script as well, as where a job makes way."""
     settings = {"NPROC": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with cluster.start(*demo(cluster, demo_base), **settings) as script:
 
         def stop() -> None:
-            if twice:
+            if makes_way:
+                (cluster.requeued.parent / slurm_stub.PREEMPTED).write_text("2021-06-10T14:00:00")
                 slurm_stub.scancel(["--signal=TERM", JOB], cluster.requeued.parent)
             script.send_signal(signal.SIGTERM)
 
         code, out, err = stopped(cluster, script, stop)
     step = saved_step(cluster, "SIGTERM")
-    assert (code, cluster.noted()) == (1, []), out + err
-    assert f"stopped by SIGTERM after step {step}, so not requeued" in err
+    if makes_way:
+        assert (code, cluster.noted()) == (0, [JOB]), out + err
+        assert f"preempted after step {step}; requeued" in out
+    else:
+        assert (code, cluster.noted()) == (1, []), out + err
+        assert f"stopped by SIGTERM after step {step}, so not requeued" in err
 
 
 def test_a_run_that_cannot_start_is_not_requeued(cluster):
