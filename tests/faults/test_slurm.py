@@ -55,6 +55,7 @@ class Cluster:
             "SLURM_JOB_NODELIST": f"node[1-{nodes}]",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_GPUS_ON_NODE": "",
         }
         if restarts:  # SLURM doesn't set it before
             settings["SLURM_RESTART_COUNT"] = str(restarts)
@@ -177,6 +178,17 @@ def test_sigterm_ends_with_a_checkpoint(cluster, demo_base, makes_way):
         assert f"stopped by SIGTERM after step {step}, so not requeued" in err
 
 
+def test_a_node_that_sees_no_gpu_is_refused(cluster, demo_base):
+    """SLURM gave it two; this machine shows none."""
+    training = [argument for argument in demo(cluster, demo_base) if argument != "device=cpu"]
+    code, out, err = cluster.run(*training, SLURM_GPUS_ON_NODE="2")
+    assert code == 1, out + err
+    assert "device: found cuda, but no GPU is visible" in out + err
+    assert "the run is not started" in err
+    ranks = cluster.run_dir.with_name(f"slurm-{JOB}.logs").rglob("stderr.log")
+    assert {path.parent.name for path in ranks} == {"0", "1"}
+
+
 def test_a_run_that_cannot_start_is_not_requeued(cluster):
     code, out, err = cluster.run("no/such.yaml", NPROC="1")
     assert code == 1  # torchrun's, whatever its ranks' is
@@ -222,6 +234,7 @@ def test_what_the_status_says_decides(cluster, state, step, reason, code, messag
     exit_code, out, err = cluster.run("a.yaml", "seed=1", restarts=3, **settings)
     assert exit_code == expected
     assert message in out + err
+    # Nothing is asked of a device where SLURM gave no GPUs.
     assert f"launch/train.py a.yaml seed=1 run_dir={cluster.run_dir} resume=true\n" in out
     assert cluster.noted() == ([JOB] if "; requeued" in message else [])
 
