@@ -213,7 +213,7 @@ exit CODE
         ("preempted", 3, "SIGUSR1", 0, "no step done since step 3, so not requeued", 1),
         ("preempted", 7, "SIGTERM", 0, "stopped by SIGTERM after step 7, so not requeued", 1),
         ("failed", 7, "RuntimeError: x", 9, "the run is failed (exit code 9), so not requeued", 9),
-        ("running", 7, "", 137, "the run is running (exit code 137), so not requeued", 137),
+        ("running", 7, "", 137, "died without a word after step 7 (exit code 137), so not", 137),
         ("finished", 7, "", 0, "finished after step 7", 0),
     ],
 )
