@@ -95,7 +95,8 @@ def train(start: Start) -> None:
     mesh = build_mesh(Layout(axes.dp_replicate, axes.dp_shard, axes.tp), timeout)
     global_batch_size, _ = resolve_global_batch_size(config, mesh.dp_size)
     lanes = resolve_lanes(config, mesh.dp_size)
-    resolved = {"global_batch_size": global_batch_size, "num_lanes": lanes and lanes.num_lanes}
+    num_lanes = config.num_lanes if lanes is None else lanes.num_lanes
+    resolved = {"global_batch_size": global_batch_size, "num_lanes": num_lanes}
     config = config.model_copy(update=resolved)
     config = resolve_run_dir(config, from_first_rank(utc_timestamp()))
 

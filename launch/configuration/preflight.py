@@ -19,6 +19,7 @@ from launch.config import (
     read_config,
 )
 from launch.configuration.model_checks import lora_settings, model_problems, ttt_section
+from launch.configuration.schema import TTTSection
 from launch.configuration.unbuilt import refuse_unbuilt
 from launch.errors import UserError
 from launch.feeding.batch_plan import (
@@ -223,21 +224,48 @@ def run_warnings(config: TrainConfig) -> list[str]:
             "autoregressive model has to predict: losses look better than the model is, and it "
             "can't generate"
         )
-    if config.eval_freq > 0 and not config.do_eval:
-        warnings.append("eval_freq: has no effect, since do_eval is false")
-    for name in ("log_inner_loop_losses", "save_inner_loop_plots"):
-        if getattr(config.ttt, name) and not has_ttt(config):
-            warnings.append(f"ttt.{name}: has no effect, since the model has no TTT layers")
-    if config.lora.ft_embed and not config.lora.enable:
-        warnings.append("lora.ft_embed: has no effect, since lora.enable is false")
     if config.lora.enable and not config.save_adapters:
         warnings.append(
             "save_adapters: false has no effect: a checkpoint holds base weights and adapters, "
             "each under its own names"
         )
-    if config.optim.ttt_lr is not None and not config.ttt.enable:
-        warnings.append("optim.ttt_lr: has no effect, since ttt.enable is false")
-    return warnings
+    return warnings + _without_effect(config)
+
+
+def _without_effect(config: TrainConfig) -> list[str]:
+    """Settings that this run doesn't look at, and why."""
+    ttt, default = config.ttt, TTTSection()
+    no_ttt = "ttt.enable is false"
+    alone = "ttt.persistent_states is false" if ttt.enable else no_ttt
+    found = [
+        ("eval_freq", config.eval_freq > 0 and not config.do_eval, "do_eval is false"),
+        ("num_lanes", config.num_lanes is not None and not carries_states(config), alone),
+        ("lora.ft_embed", config.lora.ft_embed and not config.lora.enable, "lora.enable is false"),
+        ("optim.ttt_lr", config.optim.ttt_lr is not None and not ttt.enable, no_ttt),
+        (
+            "ttt.persistent_states",
+            ttt.persistent_states and not ttt.enable,
+            f"{no_ttt}: pieces are trained on one by one",
+        ),
+        ("ttt.tbptt_pieces", ttt.tbptt_pieces > 1 and not carries_states(config), alone),
+        (
+            "parallel.recompute",
+            config.parallel.recompute == "selective" and not config.gradient_checkpointing,
+            "gradient_checkpointing is false",
+        ),
+    ]
+    for name in ("log_inner_loop_losses", "save_inner_loop_plots"):
+        asked = getattr(ttt, name) and not has_ttt(config)
+        found.append((f"ttt.{name}", asked, "the model has no TTT layers"))
+    for name in ("ttt_layer_context", "non_ttt_layer_context"):
+        window = getattr(ttt, name)
+        # null asks for the release's window, and the default for nothing.
+        asked = not ttt.enable and window not in (None, getattr(default, name))
+        found.append((f"ttt.{name}", asked, f"{no_ttt}: the release's window stays"))
+    for name in ("ttt_mlp_layers", "ttt_mlp_expansion_factor"):
+        asked = ttt.inner_model == "linear" and getattr(ttt, name) != getattr(default, name)
+        found.append((f"ttt.{name}", asked, "ttt.inner_model is linear"))
+    return [f"{key}: has no effect, since {why}" for key, asked, why in found if asked]
 
 
 @dataclass(frozen=True)

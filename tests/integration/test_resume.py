@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch.config import load_config
 from launch.run_folder import RunFolder
 from launch.run_status import write_status
 from tests.integration.runs import (
@@ -165,9 +166,17 @@ def test_a_refused_start_leaves_the_run_as_it_was(refused, tp_run, name, parts):
 def ttt_only(paths, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("ttt-only") / "run"
     settings = ["full_finetuning=false", "max_steps=2", "global_batch_size=1", "do_eval=false"]
-    job = single([*paths, *settings, f"run_dir={folder}", "tensorboard=false"])
+    settings += ["tensorboard=false", "num_lanes=4"]
+    job = single([*paths, *settings, f"run_dir={folder}"])
     assert job.returncode == 0, job.stdout + job.stderr
     return Run(folder, job)
+
+
+def test_a_setting_without_effect_is_told_and_kept(ttt_only):
+    said = "warning: num_lanes: has no effect, since ttt.persistent_states is false"
+    assert ttt_only.job.stdout.splitlines().count(said) == 1
+    # Lost, it would keep the same command from going on with this run.
+    assert load_config(ttt_only.folder / "config.yaml").num_lanes == 4
 
 
 def test_training_ttt_alone_leaves_moshi_untouched(ttt_only, demo_base):

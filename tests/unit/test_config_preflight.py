@@ -240,6 +240,43 @@ def test_warnings(tmp_path: Path) -> None:
     assert ahead.startswith("ttt.causal: false lets a frame see later frames")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["num_lanes=4", "ttt.tbptt_pieces=2"], ["num_lanes", "ttt.tbptt_pieces"]),
+        (["ttt.inner_model=linear", "ttt.ttt_mlp_layers=3"], ["ttt.ttt_mlp_layers"]),
+        (
+            ["ttt.inner_model=linear", "ttt.ttt_mlp_expansion_factor=2"],
+            ["ttt.ttt_mlp_expansion_factor"],
+        ),
+        (["parallel.recompute=selective", "gradient_checkpointing=false"], ["parallel.recompute"]),
+        (["ttt.enable=false"], ["ttt.ttt_layer_context", "ttt.non_ttt_layer_context"]),
+        (
+            # The defaults, and null: the release's windows, which stay.
+            ["ttt.enable=false", "ttt.ttt_layer_context=50", "ttt.non_ttt_layer_context=null"],
+            [],
+        ),
+    ],
+)
+def test_settings_without_effect_are_told(
+    tmp_path: Path, overrides: list[str], keys: list[str]
+) -> None:
+    told = run_warnings(demo(tmp_path, *overrides))
+    assert [line.split(": has no effect, since ")[0] for line in told] == keys
+
+
+def test_settings_of_carried_states_have_an_effect_with_ttt_alone(tmp_path: Path) -> None:
+    carried = ["ttt.persistent_states=true", "num_lanes=4", "ttt.tbptt_pieces=2"]
+    assert not any("no effect" in line for line in run_warnings(demo(tmp_path, *carried)))
+    windows = ["ttt.ttt_layer_context=null", "ttt.non_ttt_layer_context=null"]
+    assert run_warnings(demo(tmp_path, *carried, *windows, "ttt.enable=false")) == [
+        "num_lanes: has no effect, since ttt.enable is false",
+        "ttt.persistent_states: has no effect, since ttt.enable is false: pieces are trained on "
+        "one by one",
+        "ttt.tbptt_pieces: has no effect, since ttt.enable is false",
+    ]
+
+
 def test_states_are_not_carried_behind_windows_without_end(tmp_path: Path) -> None:
     config = demo(tmp_path, "ttt.persistent_states=true", "ttt.non_ttt_layer_context=null")
     (problem,) = check(config)  # the release has none
