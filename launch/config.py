@@ -253,7 +253,7 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> ConfigReadi
             # A name such as 007 or 2024-01-01 is meant as typed, and so is nothing at all.
             text = override.text.strip()
             value = None if value is None and text else text
-        data = yaml_input.merge(data, override.keys, value)
+        data = yaml_input.merge(data, override.keys, value, SECTIONS)
         overridden.add(override.path)
     known = {"repo": str(REPO_ROOT), "time": TIME}
     data, unknown_placeholders = yaml_input.expand(data, known)

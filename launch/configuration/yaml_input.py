@@ -4,7 +4,7 @@ Every function returns its problems beside its result, so that a caller can tell
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,18 +111,17 @@ def parse_value(override: Override) -> tuple[Any, str | None]:
         return None, problem + _one_line(error)
 
 
-def merge(base: Mapping[str, Any], keys: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """A copy of `base` with `value` at `keys`; a mapping is merged key by key."""
+def merge(
+    base: Mapping[str, Any], keys: tuple[str, ...], value: Any, sections: Container[str] = ()
+) -> dict[str, Any]:
+    """A copy of `base` with `value` at `keys`; of a section, the keys in `value` alone change."""
     head, rest = keys[0], keys[1:]
     merged = dict(base)
     inner = merged.get(head)
     if rest:
         merged[head] = merge(inner if isinstance(inner, Mapping) else {}, rest, value)
-    elif isinstance(value, Mapping) and isinstance(inner, Mapping):
-        below = dict(inner)
-        for key, item in value.items():
-            below = merge(below, (key,), item)
-        merged[head] = below
+    elif head in sections and isinstance(value, Mapping) and isinstance(inner, Mapping):
+        merged[head] = {**inner, **value}
     else:
         merged[head] = value
     return merged

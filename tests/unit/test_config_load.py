@@ -153,6 +153,12 @@ def test_order_is_defaults_file_command_line(tmp_path: Path) -> None:
     assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (2e-6, 1.0, 0.0)
 
 
+def test_a_schedule_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    lines = "run_dir: r\nfull_finetuning: true\nduration_sec: {0: 3, 10: 5, 20: 8}"
+    config = load_config(write(tmp_path, lines), ["duration_sec={0: 4, 30: 6}"])
+    assert config.duration_sec == {0: 4.0, 30: 6.0}
+
+
 @pytest.mark.parametrize(
     ("text", "layers"),
     [("29,30,31", "29,30,31"), ("[29, 30]", "29,30"), ("29", "29"), ("all", "all")],
