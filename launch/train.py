@@ -218,7 +218,7 @@ def train(start: Start) -> None:
             ) as saver,
             Watchdog(later if on_gpu else config.timeout_sec, rank, status.failed) as watchdog,
             feeds.batches(first_step) as batches,
-            open_profiler(config.profile, folder.profile, rank) as profiler,
+            open_profiler(config.profile, folder.profile, rank, first_step) as profiler,
         ):
             # Before the first step; and after the last, where an earlier start ended without it.
             if eval_set is not None and first_step in (0, config.max_steps):

@@ -198,9 +198,9 @@ class ProfileConfig(Section):
     enable: bool = False
     """write a torch profiler trace into the run folder"""
     start_step: PositiveInt = 5
-    """first traced step"""
+    """first traced step, counted from the run's first, resumed or not"""
     num_steps: PositiveInt = 3
-    """traced steps"""
+    """traced steps; a run resumed among them traces those left, one resumed after them warns"""
 
 
 class TrainConfig(Section):

@@ -13,8 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.config import REPO_ROOT, load_config
+from launch.configuration.schema import ProfileConfig
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib, read_metrics
 from launch.reporting.plots import plot_losses
+from launch.reporting.profiling import open_profiler
 from launch.reporting.wandb_log import INIT_TIMEOUT_SECONDS, start_wandb
 from launch.run_folder import RunFolder
 
@@ -133,6 +135,37 @@ def test_loss_curve(tmp_path: Path) -> None:
     log_run(folder, range(1, 4), tensorboard=False)
     assert plot_losses(folder.metrics, folder.loss_curve) == folder.loss_curve
     assert folder.loss_curve.read_bytes().startswith(PNG_SIGNATURE)
+
+
+def profiled_steps(folder: Path, first_step: int) -> list[int]:
+    """Which of a run's steps 1 to 9, started after `first_step`, are in its trace."""
+    profile = ProfileConfig(enable=True, start_step=5, num_steps=3)
+    with open_profiler(profile, folder, 0, first_step) as profiler:
+        for step in range(first_step + 1, 10):
+            with torch.profiler.record_function(f"step of the run {step}"):
+                torch.ones(2).sum()
+            profiler.step()
+    events = [
+        event["name"]
+        for path in folder.glob("*.pt.trace.json")
+        for event in json.loads(path.read_text())["traceEvents"]
+        if event["name"].startswith("step of the run ")
+    ]
+    return sorted(int(name.rpartition(" ")[2]) for name in events)
+
+
+@pytest.mark.parametrize(
+    ("first_step", "steps"), [(0, [5, 6, 7]), (3, [5, 6, 7]), (4, [5, 6, 7]), (5, [6, 7])]
+)
+def test_profiled_steps_are_the_runs(tmp_path: Path, first_step: int, steps: list[int]) -> None:
+    assert profiled_steps(tmp_path, first_step) == steps
+
+
+def test_a_run_resumed_after_the_profiled_steps_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert profiled_steps(tmp_path, 7) == []
+    assert capsys.readouterr().out.startswith("warning: profile: nothing is traced, since steps 5")
 
 
 def test_device_facts_on_a_cpu() -> None:
