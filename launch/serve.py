@@ -1,6 +1,7 @@
 """Talk to a trained model over a websocket: moshi's own web server with the hybrid model in it.
 
     python launch/serve.py CHECKPOINT [--host 127.0.0.1] [--port 8998] [--static FOLDER]
+                                      [--allowed-host NAME[:PORT] …]
 
 CHECKPOINT is what `launch/generate.py` takes. The protocol at /api/chat is moshi's, so its clients
 work: `python -m moshi.client --port 8998`, or its web page, whose files --static names; nothing is
@@ -8,17 +9,21 @@ downloaded, and without --static there is the websocket alone. One conversation 
 beginning anew: attention caches and TTT's inner networks are reset. Ctrl-C or SIGTERM ends it.
 
 There is no password and no encryption: on another host than loopback, whoever reaches the port can
-talk to the model. Web pages from elsewhere are refused by their Origin.
+talk to the model. Web pages from elsewhere are refused: by their Origin, and by their Host where
+somebody lets another name lead here. Allowed hosts are localhost, 127.0.0.1, [::1] and --host with
+the port, and each --allowed-host: what a browser's address bar shows where the server is reached
+through a proxy or a tunnel, or listens on all addresses (--host 0.0.0.0).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -31,6 +36,7 @@ if __name__ == "__main__":
 
 import torch
 from aiohttp import WSCloseCode, web
+from aiohttp.typedefs import Handler, Middleware
 
 from launch.commands import chosen_device, telling_mistakes
 from launch.errors import UserError
@@ -47,14 +53,19 @@ from launch.talking.talker import (
 CHAT = "/api/chat"
 # For clients that are still waiting for their turn.
 SHUTDOWN_SECONDS = 1.0
+HTTP_PORT = 80  # left out of a Host
+PORT_OF_HOST = re.compile(r":\d+$")
 
 
-def make_app(talker: Talker, sampling: dict[str, Any], static: Path | None) -> web.Application:
+def make_app(
+    talker: Talker, sampling: dict[str, Any], static: Path | None, hosts: Collection[str]
+) -> web.Application:
     """moshi's server for `talker`: its conversation at /api/chat, and its web page if given.
 
     Args:
         sampling: LMGen's arguments.
         static: a folder with the web page, `index.html` and what it asks for.
+        hosts: `allowed_hosts`.
     """
     device = next(talker.model.parameters()).device
     state = server_state_class()(
@@ -70,7 +81,7 @@ def make_app(talker: Talker, sampling: dict[str, Any], static: Path | None) -> w
     state.recv_loop = conversations.hold
     if device.type == "cuda":
         state.warmup()  # records CUDA graphs, and waits for the GPU; a CPU has nothing to record
-    app = web.Application(middlewares=[_same_origin])
+    app = web.Application(middlewares=[own_pages_only(hosts)])
     app.on_shutdown.append(conversations.end)
     app.router.add_get(CHAT, state.handle_chat)
     if static is not None:
@@ -143,15 +154,48 @@ class _Conversations:
             await ws.close(code=WSCloseCode.GOING_AWAY, message=b"the server ends")
 
 
-@web.middleware
-async def _same_origin(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Browsers let any page connect to any host's websocket, and say which page it is."""
-    origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
-        raise web.HTTPForbidden(text="only pages that this server serves may talk to it\n")
-    return await handler(request)
+def allowed_hosts(host: str, port: int, named: Sequence[str]) -> tuple[str, ...]:
+    """What a request's Host may be; a name without a port stands for all of its ports.
+
+    Args:
+        host, port: listened on.
+        named: further ones, as --allowed-host takes them.
+    """
+    suffix = "" if port == HTTP_PORT else f":{port}"
+    own = [f"{_in_url(name)}{suffix}" for name in ("localhost", "127.0.0.1", "::1", host)]
+    return tuple(dict.fromkeys([*own, *map(_in_url, named)]))
+
+
+def _in_url(host: str) -> str:
+    """`host` as browsers write it: in small letters, an IPv6 address in brackets."""
+    try:
+        address = ip_address(host.strip("[]"))
+    except ValueError:
+        return host.lower()
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+def own_pages_only(hosts: Collection[str]) -> Middleware:
+    """Refuse requests of other servers' pages, and all whose Host isn't one of `hosts`.
+
+    Browsers let any page connect to any host's websocket, and say which page it is. But whoever
+    owns a name can let it lead here (DNS rebinding), and then its pages' Origin is their Host.
+    """
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        host = request.headers.get("Host", "").lower()
+        if host not in hosts and PORT_OF_HOST.sub("", host) not in hosts:
+            raise web.HTTPForbidden(
+                text=f"Host: found {host}, allowed: {', '.join(hosts)}; if that name is "
+                "this server's, start it with --allowed-host and that name\n"
+            )
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host:
+            raise web.HTTPForbidden(text="only pages that this server serves may talk to it\n")
+        return await handler(request)
+
+    return middleware
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -184,7 +228,9 @@ def serve(arguments: argparse.Namespace) -> None:
                 "the model, unencrypted and without a password"
             )
         torch.manual_seed(arguments.seed)
-        app = make_app(talker, sampling_of(arguments, talker.release), static)
+        hosts = allowed_hosts(arguments.host, opened.getsockname()[1], arguments.allowed_host)
+        print(f"answers as: {', '.join(hosts)} (--allowed-host adds names)")
+        app = make_app(talker, sampling_of(arguments, talker.release), static, hosts)
         asyncio.run(serve_until_stopped(app, opened))
 
 
@@ -203,6 +249,12 @@ def _port(text: str) -> int:
     return value
 
 
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[^\s/@]+", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: a name, or name:port")
+    return text
+
+
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     """End a server that isn't serving yet as one that is."""
     sys.exit(0)
@@ -218,6 +270,14 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8998, help="(default 8998; 0: a free one)")
+    parser.add_argument(
+        "--allowed-host",
+        type=_host,
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="answer under this name too (any port unless one is named); may be given repeatedly",
+    )
     parser.add_argument("--static", type=Path, metavar="FOLDER", help="a web page's files")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, at the start (default 0)")
     return parser

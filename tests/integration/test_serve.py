@@ -25,6 +25,7 @@ pytestmark = pytest.mark.integration
 SERVE = REPO / "launch" / "serve.py"
 FRAMES = 20
 PAGE = "<title>a page</title>"
+NAME = "box.lan"
 AUDIO, TEXT = 1, 2  # the first byte of moshi's messages; 0 is the handshake
 SECONDS = 60.0  # for a server to start and for an answer; idle, both take a few
 
@@ -52,6 +53,7 @@ def server(release, tmp_path_factory) -> Iterator[Server]:
     page = tmp_path_factory.mktemp("page")
     (page / "index.html").write_text(PAGE)
     arguments = [release, "--port", "0", "--temp", "0", "--temp-text", "0", "--static", page]
+    arguments += ["--allowed-host", NAME]
     command = [sys.executable, str(SERVE), *map(str, arguments)]
     with start_command(command, cwd=Path("/"), PYTHONUNBUFFERED="1") as process:
         try:
@@ -108,6 +110,8 @@ def test_what_is_served_is_told(server, release):
     assert sum(line.startswith("layer ") and "TTT-mlp" in line for line in server.told) == 2
     assert server.told[-1] == f"serving: ws://127.0.0.1:{server.port}/api/chat"
     assert not any("warning" in line for line in server.told)
+    own = ", ".join(f"{name}:{server.port}" for name in ("localhost", "127.0.0.1", "[::1]"))
+    assert f"answers as: {own}, {NAME} (--allowed-host adds names)" in server.told
 
 
 def test_each_conversation_begins_anew(server):
@@ -129,8 +133,17 @@ def test_a_page_is_served_to_itself_alone(server):
                 assert await page.text() == PAGE
             async with session.ws_connect(f"{url}/api/chat", headers={"Origin": url}) as socket:
                 assert await socket.receive_bytes() == b"\0"
-            with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
-                await session.ws_connect(f"{url}/api/chat", headers={"Origin": "http://else.where"})
+            async with session.get(url, headers={"Host": NAME}) as page:
+                assert await page.text() == PAGE
+            rebound = f"else.where:{server.port}"
+            for headers in (
+                {"Origin": "http://else.where"},
+                {"Host": rebound, "Origin": f"http://{rebound}"},
+            ):
+                with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+                    await session.ws_connect(f"{url}/api/chat", headers=headers)
+            async with session.get(url, headers={"Host": rebound}) as page:
+                assert page.status == 403
 
     asyncio.run(asyncio.wait_for(look(), SECONDS))
 
