@@ -315,10 +315,11 @@ def train(start: Start) -> None:
             saver.finish()
 
         # 7. The end: what the run left, and what to do next.
+        curve = None
         if logger is not None:
             logger.close()
-            plot_losses(folder.metrics, folder.loss_curve)
-    say(f"\nrun folder: {folder.path}\nloss curve: {folder.loss_curve}")
+            curve = plot_losses(folder.metrics, folder.loss_curve)
+    say(f"\nrun folder: {folder.path}" + (f"\nloss curve: {curve}" if curve else ""))
     if status.preempted_by:
         say(f"ended by {status.preempted_by} after step {status.step}; to go on: resume=true")
     say(f"next: tensorboard --logdir {folder.path.parent}")

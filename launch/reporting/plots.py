@@ -1,5 +1,6 @@
 """The loss curve of a run as a PNG, from its metrics.jsonl."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,22 @@ def _points(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[f
     return steps, [by_step[step] for step in steps]
 
 
-def plot_losses(metrics: Path, png: Path) -> Path:
-    """Draw training losses as lines and evaluations as points; returns `png`.
+def plot_losses(metrics: Path, png: Path) -> Path | None:
+    """Draw training losses as lines and evaluations as points.
 
-    Raises:
-        ValueError: `metrics` holds no step with a loss.
+    Returns `png`; None where no step's loss is in `metrics`, or, with a warning, where the plot
+    can't be made.
     """
-    rows = read_metrics(metrics)
-    if not _points(rows, "loss")[0]:
-        raise ValueError(f"{metrics} holds no logged step")
+    try:
+        rows = read_metrics(metrics)
+        return _draw(rows, png) if _points(rows, "loss")[0] else None
+    except Exception as error:  # whatever it is, a run whose steps are done doesn't fail of it
+        reason = f"{type(error).__name__}: {error}"
+        print(f"warning: no loss curve: {reason}", file=sys.stderr, flush=True)
+        return None
+
+
+def _draw(rows: Sequence[dict[str, Any]], png: Path) -> Path:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

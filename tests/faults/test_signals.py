@@ -44,6 +44,15 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(setting, tmp_pat
     assert_taken_up(setting, run, after=STEP)
 
 
+def test_a_signal_before_the_first_logged_step_ends_the_run_as_well(setting, tmp_path):
+    run = setting.run_with("SIGUSR1", 1, tmp_path / "run", "log_freq=50")
+    assert run.job.returncode == 0, run.job.stderr
+    assert (run.status["state"], run.status["reason"]) == ("preempted", "SIGUSR1")
+    assert run.steps == []
+    assert "loss curve" not in run.job.stdout + run.job.stderr
+    assert_good(run, 2, STEP)
+
+
 def test_a_signal_in_the_last_step_changes_nothing(setting, tmp_path):
     run = setting.run_with(
         "SIGTERM", 1, tmp_path / "run", f"max_steps={STEP}", "do_eval=true", "eval_batches=1"

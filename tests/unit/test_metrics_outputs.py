@@ -127,14 +127,25 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     assert events.Scalars("eval/eval_loss")[0].value == 3.0
 
 
-def test_loss_curve(tmp_path: Path) -> None:
+def test_loss_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.touch()
-    with pytest.raises(ValueError, match="no logged step"):
-        plot_losses(folder.metrics, folder.loss_curve)
+    assert plot_losses(folder.metrics, folder.loss_curve) is None
+    assert not folder.loss_curve.exists()
+    assert capsys.readouterr().err == ""
     log_run(folder, range(1, 4), tensorboard=False)
     assert plot_losses(folder.metrics, folder.loss_curve) == folder.loss_curve
     assert folder.loss_curve.read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_a_loss_curve_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    log_run(folder, range(1, 4), tensorboard=False)
+    folder.loss_curve.mkdir()
+    assert plot_losses(folder.metrics, folder.loss_curve) is None
+    assert "warning: no loss curve: IsADirectoryError: " in capsys.readouterr().err
 
 
 def profiled_steps(folder: Path, first_step: int) -> list[int]:
