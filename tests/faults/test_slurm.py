@@ -200,7 +200,9 @@ def test_a_run_that_cannot_start_is_not_requeued(cluster):
 # In place of torchrun.sh: ends at once, and leaves the status that a run would.
 ENDED = """#!/bin/sh
 mkdir -p "$RUN"
-echo '{"state": "STATE", "step": STEP, "reason": "REASON", "time": "TIME"}' > "$RUN/status.json"
+cat > "$RUN/status.json" <<JSON
+{"state": "STATE", "step": STEP, "first_step": 3, "reason": "REASON", "time": "TIME"}
+JSON
 echo "$@"
 exit CODE
 """
@@ -218,9 +220,10 @@ exit CODE
     ],
 )
 def test_what_the_status_says_decides(cluster, state, step, reason, code, message, expected):
-    started_before = {"state": "running", "step": 3, "reason": "", "time": "earlier"}
+    # It had got further than its last checkpoint, from which this start goes on.
+    before = {"state": "running", "step": 9, "first_step": 0, "reason": "", "time": "earlier"}
     cluster.run_dir.mkdir(parents=True)
-    (cluster.run_dir / "status.json").write_text(json.dumps(started_before))
+    (cluster.run_dir / "status.json").write_text(json.dumps(before))
     values = {"STATE": state, "STEP": step, "REASON": reason, "TIME": "later", "CODE": code}
     script = ENDED
     for name, value in values.items():
