@@ -1,13 +1,17 @@
 """The C++ kernels beside the definition, at a model's sizes and at odd ones; building them."""
 
+import os
 import platform
 import shlex
 import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import REPO
 from tests.unit.ops_cases import FRAMES, gradients, make_case, objective, relative
 from ttt_dist.ops import deep_mlp_state, native, ttt_mlp
 from ttt_dist.ops.dual_form import dual_form
@@ -154,9 +158,9 @@ def unbuilt(monkeypatch, tmp_path):
 
 @pytest.mark.integration  # runs the compiler, 4 s
 def test_built_once(unbuilt, monkeypatch):
-    """The second process finds the file; nothing else stays in the folder."""
+    """The second process finds the file; nothing stays beside it but the lock."""
     told = native.library().told
-    assert [str(p) for p in unbuilt.iterdir()] == [told]
+    assert {str(p) for p in unbuilt.iterdir()} == {told, str(unbuilt / ".lock")}
     native.build.built.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)
     assert native.library().told == told
@@ -196,12 +200,48 @@ def test_a_compiler_that_fails_is_told_once(unbuilt, monkeypatch, compiler, word
         assert native.library().functions is None
 
 
-@pytest.mark.integration  # runs the compiler, 4 s
-def test_a_cache_folder_that_cannot_be_written(unbuilt, monkeypatch):
-    """Then they are built for this process alone."""
-    unbuilt.parent.parent.joinpath("ttt-dist").write_text("a file in the way")
+@pytest.mark.integration  # runs the compiler, 5 s
+def test_processes_that_start_together_build_once(unbuilt, tmp_path):
+    """With a compiler that counts: the others wait, and load what the first one made."""
+    counting = tmp_path / "counting"
+    real = shlex.join(native.compiler())
+    counting.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\nexec {real} "$@"\n')
+    counting.chmod(0o755)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(counting)}
+    code = "from ttt_dist.ops import native; print(native.library().told)"
+    command = [sys.executable, "-c", code]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=REPO)
+        for _ in range(3)
+    ]
+    told = {process.communicate(timeout=120)[0] for process in started}
+    assert len(told) == 1, told
+    assert told.pop().startswith(str(unbuilt))
+    assert (tmp_path / "runs").read_text().split() == ["run"]
+
+
+@pytest.mark.integration  # runs the compiler, 4 s each
+@pytest.mark.parametrize("wrong", ["folder", "file", "home"])
+def test_where_the_cache_is_of_no_use(unbuilt, monkeypatch, wrong):
+    """It can't be written, holds a file cut short, or isn't known: built for this process alone."""
+    if wrong == "folder":
+        unbuilt.parent.parent.joinpath("ttt-dist").write_text("a file in the way")
+    elif wrong == "file":
+        unbuilt.mkdir(parents=True)
+        command = [*native.compiler(), *native.build._FLAGS]
+        (unbuilt / f"scan-{native.build._fingerprint(command)}.so").touch()
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
     assert native.library().functions is not None
-    assert not native.library().told.startswith(str(unbuilt))
+    assert native.library().told.endswith("removed once loaded")
+    check_against_twin(case_of(2, 20, 50, 5, 33), torch.float32, 7)
+
+
+def no_home() -> Path:
+    """What `Path.home` does for a user whom the machine doesn't know."""
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_deeper_networks_have_no_kernels():

@@ -9,6 +9,7 @@ go of Python's lock meanwhile.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +33,7 @@ _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
     "-shared", "-fPIC", "-pthread",
 )  # fmt: skip
-_SECONDS = 120  # building takes about 5
+_SECONDS = 300  # building takes about 5
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,17 @@ def built() -> NativeLibrary:
     command = [*found, *_FLAGS]
     name = f"scan-{_fingerprint(command)}.so"
     try:
-        path = _build(command, _folder() / name)
-        return NativeLibrary(ctypes.CDLL(str(path)), str(path))
+        try:
+            path = _build(command, _folder() / name)
+            return NativeLibrary(ctypes.CDLL(str(path)), str(path))
+        # No home, one that can't be written or that nothing may be run from, or a damaged file.
+        except (OSError, RuntimeError):
+            with tempfile.TemporaryDirectory() as folder:  # a loaded file may go
+                path = _build(command, Path(folder) / name)
+                return NativeLibrary(ctypes.CDLL(str(path)), f"{path}, removed once loaded")
     except (OSError, subprocess.SubprocessError) as error:
         words = getattr(error, "stderr", None) or str(error)
-        reason = f"building them with {shlex.join(found)} failed: {words.strip()[-500:]}"
+        reason = f"building or loading them with {shlex.join(found)} failed: {words.strip()[-500:]}"
         warnings.warn(
             f"the scan's C++ kernels are not used, its tensor code is slower on a CPU; {reason}. "
             f"{SWITCH}=0 asks for the tensor code",
@@ -113,26 +121,27 @@ def _folder() -> Path:
 
 
 def _build(command: list[str], path: Path) -> Path:
-    """Compile to `path` unless it is there; to a temporary folder where that can't be written.
+    """Compile to `path` unless it is there, which then appears whole.
 
-    Ranks that start together may each build it: the file appears whole, the last one stays.
+    Ranks that start together wait for the first one's: as many compilers on one core would take
+    longer than they may, and no file is replaced that another rank has loaded.
     """
-    if path.exists():
+    if path.exists():  # in a folder that may not be writable
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=path.parent)
-    except OSError:
-        path = Path(tempfile.mkdtemp(prefix="ttt-dist-")) / path.name
-        scratch = tempfile.TemporaryDirectory(dir=path.parent)
-    with scratch as folder:
-        made = Path(folder) / path.name
-        subprocess.run(
-            [*command, str(_FOLDER / _SOURCE), "-o", str(made)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
-        made.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("a") as lock:
+        with suppress(OSError):  # not on every file system; then each builds its own
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            subprocess.run(
+                [*command, str(_FOLDER / _SOURCE), "-o", str(made)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+            made.replace(path)
     return path
