@@ -37,14 +37,14 @@ from launch.errors import UserError, exit_with
 from launch.feeding.batch_plan import describe_step, resolve_global_batch_size, resolve_lanes
 from launch.feeding.stages import open_feeds
 from launch.guards.not_finite import where_not_finite
-from launch.guards.sample_guard import SampleGuard, refuse_broken_evaluation
+from launch.guards.sample_guard import SampleGuard
 from launch.guards.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
 from launch.guards.stop_signals import StopSignals
 from launch.guards.watchdog import Watchdog
+from launch.held_out import HeldOut
 from launch.make_demo_base import DemoBaseError, ensure_demo_base
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib
 from launch.optim import build_optimizers, build_schedule
-from launch.reporting.inner_loop import InnerLossCurves
 from launch.reporting.plots import plot_losses
 from launch.reporting.profiling import open_profiler
 from launch.reporting.ttt_health import ttt_health
@@ -53,7 +53,7 @@ from launch.run_checkpoints import newest_step
 from launch.run_folder import RunFolder, create_run_folder, host_facts
 from launch.run_status import RunStatus
 from launch.setup import device_warnings, make_model, resume, say
-from launch.step import accumulate_gradients, evaluate
+from launch.step import accumulate_gradients
 from parallel.checkpoint import Progress, list_checkpoints
 from parallel.checkpoint_metadata import CheckpointError
 from parallel.checkpoint_saver import CheckpointSaver, Keep, SaveError
@@ -68,7 +68,6 @@ from parallel.mesh import (
 )
 from parallel.reduce import clip_gradients, highest_over_ranks
 from ttt_dist.data.manifest import DataError
-from ttt_dist.moshi.build import without_ttt
 from ttt_dist.moshi.errors import ReleaseError
 from ttt_dist.moshi.flops import flops_per_frame
 from ttt_dist.moshi.loss import LossConfig
@@ -120,7 +119,7 @@ def train(start: Start) -> None:
     with status, signals:
         # 3. Data: audio to codes where they are not cached; pieces, or recordings, in their order.
         feeds = open_feeds(config, lanes, start.release, mesh, device)
-        eval_set = feeds.last.sets.get("eval")
+        evaluates = "eval" in feeds.last.sets
 
         # 4. Model: on the meta device, laid over the ranks, filled shard by shard.
         model = make_model(config, start.release, mesh, device)
@@ -147,9 +146,10 @@ def train(start: Start) -> None:
         feed = feeds.at(first_step)
         flops = {frames: flops_per_frame(model, frames) for frames in feeds.lengths}
         logs_health = config.ttt.log_inner_loop_losses and has_ttt(config)
-        plots = config.ttt.save_inner_loop_plots and has_ttt(config)
         guard = StepGuard(config.bad_steps.max_in_a_row, config.bad_steps.spike_factor, counters)
         sample_guard = SampleGuard(config.data.max_bad_samples, counters)
+
+        held_out = HeldOut(config, feeds.last, model, loss_config, mesh, device, folder)
 
         logger = None
         pause: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -169,29 +169,10 @@ def train(start: Start) -> None:
             saver.finish()
             return next(reversed(list_checkpoints(folder.checkpoints)), None)
 
-        def held_out_losses(inner: InnerLossCurves | None = None) -> dict[str, float]:
-            assert eval_set is not None
-            broken: dict[int, str] = {}
-            watched = watchdog.over(feeds.last.held_out(broken), "a batch of the evaluation")
-            losses = evaluate(model, watched, loss_config, mesh, device, inner)
-            is_last = status.step == config.max_steps
-            refuse_broken_evaluation(broken, eval_set, newest_checkpoint, is_last=is_last)
-            return losses.as_metrics()
-
         def run_evaluation(step: int) -> None:
-            inner = (
-                InnerLossCurves(model, feeds.last.held_out_frames, mesh, device) if plots else None
-            )
-            values = held_out_losses(inner)
-            if inner is not None:
-                plot_dir = Path(config.ttt.inner_loop_plot_dir or folder.inner_loop)
-                inner.save(plot_dir / f"step-{step:06d}", f"inner losses after step {step}")
-            if step == config.max_steps and config.ttt.enable:
-                # What the trained TTT layers contribute: the same data with their gates at zero.
-                with without_ttt(model):
-                    values["eval_loss_without_ttt"] = held_out_losses()["eval_loss"]
+            losses = held_out.measure(step, watchdog, newest_checkpoint)
             if logger is not None:
-                logger.log_eval(step, values)
+                logger.log_eval(step, losses)
 
         def save(step: int) -> None:
             watchdog.beat(f"the checkpoint after step {step}")
@@ -221,7 +202,7 @@ def train(start: Start) -> None:
             open_profiler(config.profile, folder.profile, rank, first_step) as profiler,
         ):
             # Before the first step; and after the last, where an earlier start ended without it.
-            if eval_set is not None and first_step in (0, config.max_steps):
+            if evaluates and first_step in (0, config.max_steps):
                 with pause():
                     run_evaluation(first_step)
             for step in range(first_step + 1, config.max_steps + 1):
@@ -303,7 +284,7 @@ def train(start: Start) -> None:
                     # In this order: what an evaluation meets costs no checkpoint.
                     if config.do_ckpt and (is_due(step, config.ckpt_freq) or ends):
                         save(step)
-                    if eval_set is not None and is_due(step, config.eval_freq) and not ends:
+                    if evaluates and is_due(step, config.eval_freq) and not ends:
                         run_evaluation(step)
                 if guard.must_stop:
                     saver.finish()

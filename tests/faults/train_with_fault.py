@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from launch import train
+from launch import held_out, train
 from launch.guards.stop_signals import StopSignals
 from parallel import checkpoint_saver
 from parallel.checkpoint_saver import CheckpointSaver
@@ -108,7 +108,7 @@ def damage_codes() -> None:
 
 
 def damaged_codes_slow_evaluation() -> None:
-    at_call(train, "evaluate", 1, lambda: time.sleep(4.0))
+    at_call(held_out, "evaluate", 1, lambda: time.sleep(4.0))
     in_step(damage_codes)
 
 
