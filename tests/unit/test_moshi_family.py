@@ -10,6 +10,7 @@ from torch import nn
 from tests.distributed.tiny import LM_CONFIG, save_release_weights, stock_model, ttt_placement
 from tests.unit.moshi_cases import by_frame, total_loss
 from ttt_dist.moshi.build import build_model, is_ttt_parameter
+from ttt_dist.moshi.flops import flops_per_frame
 from ttt_dist.moshi.lm_config import lm_config_problems
 from ttt_dist.moshi.lora import LoRASettings
 from ttt_dist.moshi.loss import token_losses
@@ -200,6 +201,18 @@ def test_adapters_of_what_builds_are_moshis(name):
     replace_all_linear_with_lora(stock, 3, 2.0)
     found = {name: value.shape for name, value in stock_state_dict(model).items()}
     assert found == {name: value.shape for name, value in stock.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_flops_are_those_of_every_matrix_of_what_builds(name):
+    """Trained as a whole: three times the forward, in which attention sees half of all frames."""
+    config = LM_CONFIG | BUILT[name]
+    stock = LMModel(device="meta", **{k: v for k, v in config.items() if k not in REFUSED})
+    replace_all_linear_with_lora(stock, 3, 2.0)
+    weights = sum(m.weight.numel() for m in stock.modules() if isinstance(m, nn.Linear))
+    forward = 2 * weights + config["num_layers"] * 4 * config["dim"] * (FRAMES + 1) / 2
+    model = build_model(config, None, LoRASettings(3, 2.0))
+    assert flops_per_frame(model, FRAMES) == 3 * forward
 
 
 @pytest.mark.parametrize("key", REFUSED)
