@@ -53,6 +53,7 @@ BUILT = {
         "layer_scale": 0.1,
         "positional_embedding": "sin",
     },
+    "float32 layer norms": {"norm": "layer_norm_f32", "depformer_norm": "layer_norm_f32"},
 }
 
 # key -> a value of a release that this project doesn't train, and what the message says it is.
@@ -191,6 +192,28 @@ def test_what_builds_is_moshis_own_model(tmp_path, name):
         assert gradient is not None, key
         assert torch.equal(gradient.view(value.shape), value.grad), key
         assert torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "layer_norm_f32", "rms_norm", "rms_norm_f32"])
+def test_every_norm_runs_in_bfloat16(norm):
+    """As FSDP2 has the model compute: gathered weights and activations alike."""
+    config = LM_CONFIG | {"norm": norm, "depformer_norm": "layer_norm_f32"}
+    assert lm_config_problems(config) == []
+    stock = stock_model(lm_config=config)
+    model = build_model(config, None, device="cpu", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, value in stock.named_parameters():
+            own = model.get_parameter(name)
+            own.copy_(value.view(own.shape))
+    text, audio = model.step_losses(model.steps(codes_for(config)))
+    (text.sum() + audio.sum()).backward()
+    for name, value in model.named_parameters():
+        assert value.grad is not None, name
+        assert value.grad.isfinite().all(), name
+    # Of the same bfloat16 weights and inputs, what moshi's float32 norm gives, rounded.
+    x = torch.randn(2, 5, config["depformer_dim"]).bfloat16()
+    own, expected = model.depformer_norms[0], stock.depformer_norms[0].bfloat16().float()
+    assert torch.equal(own(x), expected(x.float()).bfloat16())
 
 
 @pytest.mark.parametrize("name", BUILT)

@@ -13,6 +13,7 @@ from moshi.models.loaders import _lm_kwargs as MOSHI_7B_LM_CONFIG
 
 from ttt_dist.config import TTTConfig
 from ttt_dist.moshi.block import HybridStreamingTransformerLayer, TTTBlock, TTTMoshi
+from ttt_dist.moshi.float32_norm import replace_float32_norms
 from ttt_dist.moshi.lm_config import NOT_BUILT, lm_config_problems
 from ttt_dist.moshi.lora import LoRASettings, add_adapters, is_adapter_parameter
 
@@ -109,6 +110,7 @@ def build_model(
             depformer_layer_class=HybridStreamingTransformerLayer,
             **kwargs,
         )
+    replace_float32_norms(model)
     if lora is not None:
         add_adapters(model, lora, dtype)
     if ttt is not None:
