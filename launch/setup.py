@@ -16,12 +16,14 @@ from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from launch.config import TrainConfig, utc_timestamp
 from launch.configuration.model_checks import configured_ttt, lora_settings
 from launch.errors import UserError
+from launch.feeding.batch_plan import backwards_per_step
 from launch.reporting.parameter_table import parameter_table
 from launch.run_checkpoints import other_data_problems
 from launch.run_folder import RunFolder
 from parallel.checkpoint import Progress, list_checkpoints, load_checkpoint
 from parallel.checkpoint_manifest import content_problems
 from parallel.checkpoint_metadata import CheckpointError
+from parallel.fsdp import whole_gradient_bytes
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from ttt_dist.moshi.block import TTTMoshi
@@ -70,7 +72,9 @@ def make_model(
     layers = placement.layers if placement is not None else ()
     check_attention_contexts(contexts, ttt_layers=layers, **attention_windows(config))
     say(f"attention context: {describe_attention_contexts(contexts)}")
-    say("\n".join(parameter_table(model)))
+    several = backwards_per_step(config, mesh.dp_size) > 1
+    wait = several and not config.parallel.reduce_every_microbatch
+    say("\n".join(parameter_table(model, whole_gradient_bytes(model, master) if wait else 0)))
     loaded_ttt = {name for name in loaded if is_ttt_parameter(name)}
     if loaded_ttt:
         say(f"TTT weights: {len(loaded_ttt)} tensors from the release")

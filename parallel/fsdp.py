@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -99,6 +100,26 @@ def reduce_gradients_after(model: nn.Module, *, last: bool, every_microbatch: bo
     model.set_requires_gradient_sync(last or every_microbatch)
     model.set_requires_all_reduce(last)
     model.set_is_last_backward(last)
+
+
+def whole_gradient_bytes(model: nn.Module, reduce_dtype: torch.dtype) -> int:
+    """Bytes of a rank's gradients while they wait for a step's last microbatch, as
+    `reduce_gradients_after` has it: cut by tp alone.
+
+    Args:
+        reduce_dtype: in which they are kept.
+    """
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return reduce_dtype.itemsize * sum(p.numel() // _parts_on_tp(p) for p in trained)
+
+
+def _parts_on_tp(parameter: nn.Parameter) -> int:
+    """How many parts tensor parallelism has cut a parameter into; tp divides what it cuts."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+    return math.prod(n for axis, n, where in axes if axis == "tp" and isinstance(where, Shard))
 
 
 def _unit(module: nn.Module) -> FSDPModule:

@@ -42,6 +42,12 @@ def resolve_global_batch_size(config: TrainConfig, dp: int) -> tuple[int, int]:
     return total, passes
 
 
+def backwards_per_step(config: TrainConfig, dp: int) -> int:
+    """Backward passes of a step on each rank: one a microbatch, or a `ttt.tbptt_pieces` of them."""
+    _, passes = resolve_global_batch_size(config, dp)
+    return passes // config.ttt.tbptt_pieces if carries_states(config) else passes
+
+
 @dataclass(frozen=True)
 class LanePlan:
     """How a step goes along recordings (`ttt.persistent_states`).

@@ -25,11 +25,13 @@ def part_of(name: str) -> str:
     return PARTS[3] if name.startswith("depformer") else PARTS[4]
 
 
-def parameter_table(model: nn.Module) -> list[str]:
+def parameter_table(model: nn.Module, whole_gradients: int = 0) -> list[str]:
     """Lines of a table: parameters, trained ones, and what a rank keeps for them.
 
     Args:
         model: materialised and laid over ranks; bytes are those of this rank's shards.
+        whole_gradients: bytes of gradients that wait for a step's last microbatch
+            (`parallel.fsdp.whole_gradient_bytes`); 0: none do.
     """
     rows = {part: [0] * 5 for part in PARTS}
     for name, parameter in model.named_parameters():
@@ -45,7 +47,13 @@ def parameter_table(model: nn.Module) -> list[str]:
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     head = ["", "parameters", "trained", "weights", "gradients", "moments"]
     cells = [[part, *(f"{n:,}" for n in row)] for part, row in rows.items() if row[0]]
-    return ["on a rank, in bytes:".rjust(_width([head, *cells])), *_columns([head, *cells])]
+    table = ["on a rank, in bytes:".rjust(_width([head, *cells])), *_columns([head, *cells])]
+    if whole_gradients > rows["all"][3]:
+        table.append(
+            f"until a step's last microbatch gradients are kept whole: {whole_gradients:,} bytes "
+            "on a rank (parallel.reduce_every_microbatch: true keeps shards)"
+        )
+    return table
 
 
 def _widths(table: list[list[str]]) -> list[int]:

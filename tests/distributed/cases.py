@@ -138,6 +138,14 @@ ALONG: dict[str, tuple[str, str, int]] = {
     "tp 2 x fsdp 2 to hsdp 2 x 2": ("tp 2 x fsdp 2", "hsdp 2 x 2", 2),
 }
 
+# Of what gradients are looked at while they wait for a step's last microbatch.
+WAITING: dict[str, tuple[str, Trained]] = {
+    "fsdp 2": ("fsdp 2", FLOAT32),
+    "tp 2 x fsdp 2": ("tp 2 x fsdp 2", FLOAT32),
+    "tp 2 x fsdp 2, LoRA": ("tp 2 x fsdp 2", Trained(torch.float32, lora_rank=6)),
+    "hsdp 2 x 2": ("hsdp 2 x 2", FLOAT32),
+}
+
 # Where one layer and the words of DTensor are looked at on the tp axis alone.
 TP_LAYOUTS = tuple(
     name for name, (ranks, layout) in LAYOUTS.items() if layout.tp > 1 and ranks <= 4

@@ -30,6 +30,7 @@ from launch.config import REPO_ROOT, TrainConfig, load_config
 from launch.optim import build_optimizers
 from launch.setup import lay_out_model, model_dtypes
 from parallel.frame_sharing import SharedFrames
+from parallel.fsdp import whole_gradient_bytes
 from parallel.mesh import Layout, Mesh, build_mesh
 from parallel.tensor_parallel import apply_tensor_parallel
 from ttt_dist.moshi.block import TTTMoshi
@@ -130,7 +131,7 @@ def hold_everything(model: TTTMoshi, config: TrainConfig) -> dict[str, int]:
 def measure_layout(config_name: str, world_size: int, tp: int) -> dict[str, Any]:
     """Bytes of the first, a middle and the last rank as measured, and of all ranks by rule."""
     config = read_layout(config_name, tp)
-    _, compute = model_dtypes(config, torch.device("cuda"))
+    master, compute = model_dtypes(config, torch.device("cuda"))
     measured: dict[int, dict[str, int]] = {}
     boxes: dict[str, list[Box]] = {}
     differ: set[str] = set()
@@ -138,6 +139,7 @@ def measure_layout(config_name: str, world_size: int, tp: int) -> dict[str, Any]
         with fake_job(config, rank, world_size) as mesh:
             model = lay_out_model(config, None, mesh, compute)
             measured[rank] = hold_everything(model, config)
+            whole_gradients = whole_gradient_bytes(model, master)
         parameters = dict(model.named_parameters())
         if not boxes:
             boxes = {n: boxes_by_rule(p, world_size, tp) for n, p in parameters.items()}
@@ -146,7 +148,10 @@ def measure_layout(config_name: str, world_size: int, tp: int) -> dict[str, Any]
                 differ.add(name)
     by_rule = [dict.fromkeys(KINDS, 0) for _ in range(world_size)]
     total, whole_on_tp = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    whole_by_rule = 0
     for name, parameter in parameters.items():
+        cut = name.startswith("transformer.") and not WHOLE_ON_TP.match(name)
+        whole_by_rule += parameter.requires_grad * 4 * parameter.numel() // (tp if cut else 1)
         for kind, copies in zip(KINDS, (1, 1, 2) if parameter.requires_grad else (1, 0, 0)):
             size = copies * parameter.element_size()
             total[kind] += size * parameter.numel()
@@ -164,6 +169,8 @@ def measure_layout(config_name: str, world_size: int, tp: int) -> dict[str, Any]
         "by rule": by_rule,
         "total": total,
         "whole on tp": whole_on_tp,
+        "whole gradients": whole_gradients,
+        "whole gradients by rule": whole_by_rule,
     }
 
 

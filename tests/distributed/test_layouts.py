@@ -30,6 +30,7 @@ from tests.distributed.cases import (
     RESHARDS,
     SAMPLES,
     TP_LAYOUTS,
+    WAITING,
 )
 from tests.distributed.faults import FAULTS
 from tests.ranks import run_ranks
@@ -115,6 +116,13 @@ def test_layout_trains_the_same_model(measured, name):
 def test_a_step_issues_these_collectives_and_no_others(measured, name):
     case = CASES[name]
     assert measured(case.ranks, case.job)[name]["traffic"] == expected_traffic(case)
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_gradients_that_wait_are_as_large_as_told(measured, name):
+    found = measured(LAYOUTS[WAITING[name][0]][0])[f"waiting {name}"]
+    assert found["kept"] == found["told"] > 0
+    assert found["reduced every microbatch"] == 0
 
 
 def test_every_group_of_a_mesh_has_its_timeout(measured):

@@ -30,6 +30,17 @@ GIGABYTES = {
 }
 
 
+# Of gradients that wait for a step's last microbatch, unless parallel.reduce_every_microbatch.
+WAITING_GIGABYTES = {
+    ("moshi_7b_ttt", "dp 8"): 0.858,
+    ("moshi_7b_ttt", "dp 4 x tp 2"): 0.429,
+    ("moshi_7b_ttt", "dp 8 x tp 8"): 0.107,
+    ("moshi_7b_full", "dp 8"): 35.326,
+    ("moshi_7b_full", "dp 4 x tp 2"): 19.886,
+    ("moshi_7b_full", "dp 8 x tp 8"): 8.305,
+}
+
+
 def run_worker(what, folder):
     results = folder / f"{what}.json"
     command = [sys.executable, "-m", "tests.distributed.moshi_7b_worker", what, str(results)]
@@ -70,6 +81,14 @@ def test_a_rank_holds_its_share(memory, config, layout):
     for kind, gigabytes in zip(KINDS, GIGABYTES[config, layout]):
         most = max(held[kind] for held in found["by rule"])
         assert most / 1e9 == pytest.approx(gigabytes, abs=0.0005), kind  # its last digit
+
+
+@pytest.mark.parametrize(("config", "layout"), WAITING_GIGABYTES)
+def test_gradients_that_wait_are_cut_by_tp_alone(memory, config, layout):
+    found = memory[f"{config} {layout}"]
+    assert found["whole gradients"] == found["whole gradients by rule"]
+    gigabytes = WAITING_GIGABYTES[config, layout]
+    assert found["whole gradients"] / 1e9 == pytest.approx(gigabytes, abs=0.0005)
 
 
 @pytest.mark.parametrize(("config", "layout"), GIGABYTES)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from launch.configuration.schema import OptimConfig
 from launch.optim import build_optimizers
 from launch.step import SeparatePieces, StepLoss, accumulate_gradients
 from launch.verification.report import TrafficCounter
+from parallel.fsdp import reduce_gradients_after, whole_gradient_bytes
 from parallel.mesh import Mesh
 from parallel.parallelize import ParallelPlan, parallelize
 from parallel.reduce import clip_gradients
@@ -274,6 +276,32 @@ def elements_held(model: TTTMoshi, optimizers: OptimizersContainer, mesh: Mesh) 
     shards = mesh.shape["dp_shard"] * mesh.shape["tp"]
     extra = whole_on_tp * (1 - 1 / mesh.shape["tp"]) / mesh.shape["dp_shard"]
     return {"held": held, "allowed": 1.05 * total / shards + extra, "extra": extra, "total": total}
+
+
+def gradients_that_wait(plain_runs: PlainRuns, mesh: Mesh, trained: Trained) -> dict[str, Any]:
+    """After the backward of an earlier microbatch, bytes of whole gradients: FSDP2's, and told."""
+    model = make_model(plain_runs.weights, trained, mesh, {"compute_dtype": torch.bfloat16})
+    first, *_ = SeparatePieces(model, own_microbatches(0, mesh)).steps
+    found = {"told": whole_gradient_bytes(model, trained.dtype)}
+    for name, every_microbatch in (("reduced every microbatch", True), ("kept", False)):
+        reduce_gradients_after(model, last=False, every_microbatch=every_microbatch)
+        text, audio = model.step_losses(first)
+        (text.sum() + audio.sum()).backward()
+        found[name] = sum(
+            grad.untyped_storage().nbytes()
+            for module in model.modules()
+            if isinstance(module, FSDPModule)
+            for group in module._get_fsdp_state()._fsdp_param_groups
+            for parameter in group.fsdp_params
+            for grad in waiting_gradients(parameter)
+        )
+    return found
+
+
+def waiting_gradients(parameter: Any) -> list[Tensor]:
+    """Of an `FSDPParam`: as cast to the dtype of the reduction, or in it from the start."""
+    found = [parameter.unsharded_accumulated_grad, parameter._unsharded_param.grad]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in found if g is not None]
 
 
 def planted_fault(

@@ -40,6 +40,7 @@ from tests.distributed.cases import (
     RESHARDS,
     SAMPLES,
     TP_LAYOUTS,
+    WAITING,
     Trained,
 )
 from tests.distributed.faults import FAULTS, LORA_FAULTS
@@ -51,6 +52,7 @@ from tests.distributed.training import (
     OPTIM,
     PlainRuns,
     compare_training,
+    gradients_that_wait,
     loss_config,
     make_model,
     own_microbatches,
@@ -140,6 +142,9 @@ def run_other_measurements(
             run(f"placement {layout}", placement_words, meshes[layout])
             run(f"layer {layout}", layer_traffic, meshes[layout])
             run(f"window {layout}", carried_window, meshes[layout])
+    for name, (layout, trained) in WAITING.items():
+        if layout in meshes:
+            run(f"waiting {name}", gradients_that_wait, plain_runs, meshes[layout], trained)
     for name, (layout, fault) in FAULTS.items():
         if layout in meshes:
             trained = LORA if name in LORA_FAULTS else Trained()

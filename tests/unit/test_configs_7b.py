@@ -7,7 +7,7 @@ import pytest
 
 from launch.config import REPO_ROOT, load_config, parse_command_line, read_config
 from launch.configuration.preflight import check_run, resolve_mesh
-from launch.feeding.batch_plan import resolve_global_batch_size
+from launch.feeding.batch_plan import backwards_per_step, resolve_global_batch_size
 from launch.setup import ttt_placement
 from ttt_dist.moshi.build import build_model, freeze_base, is_ttt_parameter
 from ttt_dist.moshi.context import (
@@ -48,6 +48,13 @@ def test_7b_config_builds_on_meta(path):
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained
         assert all(is_ttt_parameter(name) for name in trained)
+
+
+def test_no_gradients_of_the_whole_7b_wait_for_a_second_microbatch():
+    """On the 8 GPUs that it is for, they would be 35 GB of each."""
+    config = load_config(REPO_ROOT / "configs" / "moshi_7b_full.yaml")
+    assert backwards_per_step(config, dp=8) == 2
+    assert config.parallel.reduce_every_microbatch
 
 
 def test_there_are_7b_configs():

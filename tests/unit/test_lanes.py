@@ -5,7 +5,7 @@ import torch
 
 from launch.config import read_config
 from launch.errors import UserError
-from launch.feeding.batch_plan import LanePlan, resolve_lanes
+from launch.feeding.batch_plan import LanePlan, backwards_per_step, resolve_lanes
 from launch.feeding.lanes import Lanes
 from launch.step import accumulate_gradients
 from parallel.carry import empty_carry
@@ -104,6 +104,19 @@ def test_pieces_are_whole_mini_batches():
     assert plan_of("num_lanes=6", "global_batch_size=12") == LanePlan(6, 2, 16)
     assert plan_of().piece_frames(10.0) == 112
     assert plan_of("ttt.persistent_states=false") is None
+
+
+def test_backward_passes_of_a_step():
+    def found(*settings):
+        return backwards_per_step(read_config(None, [*SETTINGS, *settings]).config, dp=2)
+
+    assert found() == 1
+    assert found("num_microbatches=6") == 6
+    assert found("global_batch_size=8", "batch_size=2") == 2
+    pieces = ["num_lanes=4", "global_batch_size=24"]  # 6 of each of a rank's 2 lanes
+    assert found(*pieces, "ttt.tbptt_pieces=3") == 4
+    # The key means nothing where pieces stand alone.
+    assert found(*pieces, "ttt.tbptt_pieces=3", "ttt.persistent_states=false") == 12
 
 
 @pytest.mark.parametrize(

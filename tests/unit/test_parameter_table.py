@@ -47,5 +47,15 @@ def test_adapters_have_a_row_of_their_own():
     assert rows["all"] == [base + adapters, adapters, 2 * base + 4 * adapters, *rows["all"][3:]]
 
 
+def test_gradients_that_wait_whole_have_a_line_where_they_are_more():
+    model = build_model(LM_CONFIG, None, device="cpu")
+    table, gradients = parameter_table(model), rows_of(parameter_table(model))["all"][3]
+    assert parameter_table(model, gradients) == table  # one rank: whole is all that it ever has
+    *same, line = parameter_table(model, 8 * gradients)
+    assert same == table
+    assert f"gradients are kept whole: {8 * gradients:,} bytes" in line
+    assert "parallel.reduce_every_microbatch" in line
+
+
 def test_parts_that_are_not_there_are_left_out():
     assert "TTT layers" not in rows_of(parameter_table(build_model(LM_CONFIG, None, device="cpu")))
