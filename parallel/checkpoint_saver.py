@@ -44,6 +44,7 @@ from parallel.checkpoint_manifest import (
     write_manifest,
 )
 from parallel.checkpoint_metadata import CheckpointError
+from parallel.device import device_type, local_device
 from parallel.mesh import from_first_rank
 
 _PATIENCE_SEC = 60.0  # for a save under way when the run fails: its other ranks may be gone
@@ -200,6 +201,10 @@ class _Writer(dcp.FileSystemWriter):
     """DCP's, but it tells what failed first: torch's zip writer hides a full disk behind its own
     complaint ("unexpected pos 704 vs 598")."""
 
+    def __init__(self, folder: Path) -> None:
+        # Tensors are copied to the CPU already: DCP's stream of a GPU would wait for nothing.
+        super().__init__(folder, per_thread_copy_ahead=0)
+
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
@@ -225,6 +230,9 @@ def _in_background(work: Callable[[], Path]) -> Future[Path]:
 
     def run() -> None:
         try:
+            if device_type() == "cuda":
+                # A new thread's is GPU 0, where each rank that used it would open a context.
+                torch.cuda.set_device(local_device())
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)

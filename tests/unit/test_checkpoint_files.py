@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from parallel.checkpoint import Progress, load_weights
 from parallel.checkpoint_files import CheckpointReader, SavedTensors
 from parallel.checkpoint_metadata import CheckpointError, read_metadata
+from parallel.checkpoint_saver import _Writer
 
 TENSORS = {
     "model.weight": torch.arange(12.0).view(3, 4),
@@ -149,3 +151,22 @@ def test_bytes_that_are_no_tensor_are_told(folder):
     data.write_bytes(bytes(data.stat().st_size))
     with pytest.raises(CheckpointError, match=r"model\.weight cannot be read"):
         SavedTensors(folder).read("model.weight")
+
+
+def test_saving_opens_no_stream_of_a_gpu(tmp_path, monkeypatch):
+    """DCP's own writer does where there is one, on GPU 0 for every rank: what is written lies on
+    the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    streams: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.append(1))
+    writer = dcp.FileSystemWriter(tmp_path / "dcp")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        with suppress(dcp.CheckpointException):  # where there is no GPU
+            dcp.save(dict(TENSORS), storage_writer=writer, no_dist=True)
+        assert streams != []  # the test sees them
+        streams.clear()
+        dcp.save(dict(TENSORS), storage_writer=_Writer(tmp_path / "ours"), no_dist=True)
+    assert streams == []
+    saved = SavedTensors(tmp_path / "ours")
+    assert all(torch.equal(saved.read(name), TENSORS[name]) for name in TENSORS)
