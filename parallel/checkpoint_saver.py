@@ -2,8 +2,9 @@
 rename.
 
 A folder `step-NNNNNN` is complete: every rank has written and hashed its files in a folder of
-another name, and rank 0 has written the manifest of all, before it renames that folder. Nothing
-that exists is written to again.
+another name, and rank 0 has written the manifest of all, before it renames
+that folder. Nothing that exists is written to again; a save that fails is tried once more, in a new
+folder.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -48,6 +50,7 @@ from parallel.device import device_type, local_device
 from parallel.mesh import from_first_rank
 
 _PATIENCE_SEC = 60.0  # for a save under way when the run fails: its other ranks may be gone
+_SECOND_TRY_AFTER_SEC = 10.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class CheckpointSaver:
     Args:
         folder: the run's `checkpoints`, on a file system that all ranks see.
         keep: older checkpoints beyond these are removed once a new one is committed.
-        announce: told, on rank 0 and from its thread, of each new checkpoint, and of older ones
-            that could not be removed.
+        announce: told, on rank 0 and from its thread, of each new checkpoint, of a save that is
+            tried again, and of folders that could not be removed.
         timeout: how long ranks that have written their part wait for the slowest; never less than
             torch's 30 minutes, since training goes on meanwhile.
     """
@@ -122,7 +125,9 @@ class CheckpointSaver:
         partial = self._folder / from_first_rank(f".saving-{target.name}-{uuid.uuid4().hex[:8]}")
         every = run_tensors(model, optimizers, carried or {})
         tensors = {name: _copied(value) for name, value in every.items()}
-        self._saving = _in_background(lambda: self._write(tensors, progress, partial, target))
+        self._saving = _in_background(
+            lambda: self._save_or_again(tensors, progress, partial, target)
+        )
 
     def has_failed(self) -> bool:
         """Whether the last save has ended without a checkpoint; never waits."""
@@ -133,14 +138,51 @@ class CheckpointSaver:
         """Wait for the save under way; the newest checkpoint committed here.
 
         Raises:
-            SaveError: on all ranks, where any rank could not write its part.
+            SaveError: on all ranks, where any rank could not write its part, twice in a row.
         """
         return None if self._saving is None else self._saving.result()
 
-    def _write(
+    def _save_or_again(
         self, tensors: dict[str, Tensor], progress: Progress, partial: Path, target: Path
     ) -> Path:
-        """Every rank's thread: write, hash, commit; or fail, on all ranks alike."""
+        """Every rank's thread: one try, and a second one; or fail, on all ranks alike."""
+        failure = self._try(tensors, progress, partial, target)
+        if failure is not None:
+            # All ranks have it, so all try again. A file system may be well a moment later.
+            self._say(f"warning: {failure}; trying once more in {_SECOND_TRY_AFTER_SEC:g} s")
+            time.sleep(_SECOND_TRY_AFTER_SEC)
+            again = partial.with_name(f"{partial.name}-again")
+            failure = self._try(tensors, progress, again, target)
+        if failure is not None:
+            raise failure
+        if dist.get_rank() == 0:
+            self._after_commit(target)
+        return target
+
+    def _try(
+        self, tensors: dict[str, Tensor], progress: Progress, partial: Path, target: Path
+    ) -> SaveError | None:
+        """What went wrong, if so; what was written is removed then, since it would fill the disk.
+
+        Not raised: a second try's own errors would have it as their context.
+        """
+        try:
+            self._write(tensors, progress, partial, target)
+        except SaveError as error:  # on all ranks: none writes there any more
+            failure = error
+        else:
+            return None
+        if dist.get_rank() == 0:
+            try:
+                if partial.exists():
+                    shutil.rmtree(partial)
+            except OSError as error:
+                self._say(f"warning: {partial} isn't used, and could not be removed: {error}")
+        return failure
+
+    def _write(
+        self, tensors: dict[str, Tensor], progress: Progress, partial: Path, target: Path
+    ) -> None:
         try:
             dcp.save(tensors, storage_writer=_Writer(partial), process_group=self._group)
         except dcp.CheckpointException as error:
@@ -163,28 +205,34 @@ class CheckpointSaver:
         if rank == 0 and not failures:
             every_file = {name: record for part, _ in gathered for name, record in part.items()}
             try:
-                self._commit(partial, target, every_file)
+                _commit(partial, target, every_file)
             except OSError as error:
                 failures = [f"rank 0: {error}"]
         dist.broadcast_object_list(told := [failures], src=0, group=self._group)
         if told[0]:
             raise SaveError(f"{target} could not be saved: {'; '.join(told[0])}")
-        if rank == 0:
-            self._after_commit(target)
-        return target
-
-    def _commit(self, partial: Path, target: Path, files: dict[str, FileRecord]) -> None:
-        write_manifest(partial, files)
-        _sync(*partial.iterdir(), partial)
-        os.rename(partial, target)
-        _sync(self._folder)
 
     def _after_commit(self, target: Path) -> None:
         """What may fail without the new checkpoint being any worse, or the run ending for it."""
-        lines = [f"checkpoint: {target}", *_prune(self._folder, self._keep)]
+        lines = [f"checkpoint: {target}"]
+        try:
+            _sync(self._folder)
+            lines += _prune(self._folder, self._keep)
+        except OSError as error:
+            lines.append(f"warning: {self._folder}: {error}; older checkpoints stay for now")
+        self._say("\n".join(lines))
+
+    def _say(self, lines: str) -> None:
         if self._announce is not None:
             with suppress(OSError):  # a terminal that is gone
-                self._announce("\n".join(lines))
+                self._announce(lines)
+
+
+def _commit(partial: Path, target: Path, files: Mapping[str, FileRecord]) -> None:
+    """Rank 0's part: the manifest, and the checkpoint's own name; raises OSError."""
+    write_manifest(partial, files)
+    _sync(*partial.iterdir(), partial)
+    os.rename(partial, target)
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.faults.jobs import STEPS, assert_good, assert_taken_up
 from tests.faults.test_damaged import copy_of
@@ -50,8 +51,23 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_leaves_what_was_saved(setting
     assert "Traceback" not in run.job.stderr[: run.job.stderr.index("torch/distributed/elastic")]
     assert run.status["state"] == "failed"
     assert "step-000004 could not be saved" in run.status["reason"]
+    assert run.job.stdout.count("; trying once more in ") == 1
+    assert run.checkpoints == ["step-000002"]  # nothing half-written fills the disk
     assert_good(run, 2)
     assert_taken_up(setting, run, after=2)
+
+
+def test_a_save_that_fails_once_is_done_again(setting, tmp_path):
+    run = setting.run_with("full disk for one save", 1, tmp_path / "run")
+    assert run.job.returncode == 0, run.job.stderr
+    (warning,) = [line for line in run.job.stdout.splitlines() if "trying once more" in line]
+    assert "step-000004 could not be saved: rank 1: " in warning
+    assert "File too large" in warning
+    assert run.status["state"] == "finished"
+    assert run.checkpoints == ["step-000002", "step-000004", "step-000006"]
+    assert_good(run, 2, 4, STEPS)
+    found, wanted = run.checkpoint(4), setting.whole.checkpoint(4)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
 def test_a_rank_that_stops_ends_the_run_with_where_the_others_wait(setting, tmp_path):

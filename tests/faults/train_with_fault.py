@@ -112,8 +112,19 @@ def damaged_codes_slow_evaluation() -> None:
     in_step(damage_codes)
 
 
+def limit_files(size: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+
+
 def fill_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    limit_files(FILE_BYTES)
+
+
+def fill_disk_for_one_save() -> None:
+    """The second save fails; its second try is the third time that files are written."""
+    in_step(fill_disk)
+    at_call(checkpoint_saver._Writer, "write_data", 3, lambda: limit_files(resource.RLIM_INFINITY))
 
 
 KILL = send_self(signal.SIGKILL)
@@ -129,6 +140,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     # Files are synced before the rename, the folder after it.
     "killed before the rename": lambda: at_call(checkpoint_saver, "_sync", 2 * SECOND - 1, KILL),
     "full disk": lambda: in_step(fill_disk),
+    "full disk for one save": fill_disk_for_one_save,
     "one bad step": lambda: no_numbers(1),
     "bad steps": lambda: no_numbers(2),
     "damaged codes": lambda: in_step(damage_codes),
