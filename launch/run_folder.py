@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from launch.config import REPO_ROOT, TIME, TrainConfig, dump_yaml, load_config, utc_timestamp
 from launch.errors import UserError
@@ -44,6 +46,8 @@ KEPT_ON_RESUME = (
     "ttt.ttt_layer_context",
     "ttt.non_ttt_layer_context",
 )
+
+_SEEN_WITHIN_SEC = 90.0  # NFS may believe for 60 s that another node's new file isn't there
 
 # Of these, null means what the run began with.
 _RESOLVED = ("global_batch_size", "num_lanes")
@@ -225,6 +229,50 @@ def create_run_folder(
     }
     _write_new(folder.path, "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return folder
+
+
+def require_shared(folder: RunFolder, hosts: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a folder that other nodes don't see; all ranks call it together, once rank 0 made it.
+
+    Each rank looks for the manifest that rank 0 has just written.
+
+    Args:
+        hosts: as `create_run_folder` has it.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    written = [("", "")]
+    if dist.get_rank() == 0:
+        manifest = max(folder.path.glob("manifest*.json"), key=lambda path: path.stat().st_mtime_ns)
+        written = [(manifest.name, manifest.read_text(encoding="utf-8"))]
+    dist.broadcast_object_list(written, src=0, device=torch.device("cpu"))
+    name, text = written[0]
+    seen = [True] * len(hosts)
+    dist.all_gather_object(seen, _comes_to_hold(folder.path / name, text))
+    others = dict.fromkeys(
+        facts["host"] for facts, sees in zip(hosts, seen, strict=True) if not sees
+    )
+    if others:
+        raise UserError(
+            f"run_dir: {folder.path.absolute()}, made on {hosts[0]['host']}, isn't seen on "
+            f"{', '.join(others)}; every rank writes its part of a checkpoint there: name a folder "
+            "on a file system that all nodes share"
+        )
+
+
+def _comes_to_hold(path: Path, text: str) -> bool:
+    """Whether the file holds `text`, now or soon."""
+    deadline = time.monotonic() + _SEEN_WITHIN_SEC
+    while True:
+        try:
+            if path.read_text(encoding="utf-8") == text:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
 
 
 def utc_now() -> str:

@@ -50,7 +50,7 @@ from launch.reporting.profiling import open_profiler
 from launch.reporting.ttt_health import ttt_health
 from launch.reporting.wandb_log import start_wandb
 from launch.run_checkpoints import newest_step
-from launch.run_folder import RunFolder, create_run_folder, host_facts
+from launch.run_folder import RunFolder, create_run_folder, host_facts, require_shared
 from launch.run_status import RunStatus
 from launch.setup import device_warnings, make_model, resume, say
 from launch.step import accumulate_gradients
@@ -105,6 +105,7 @@ def train(start: Start) -> None:
     folder = RunFolder(Path(config.run_dir))
     if rank == 0:
         folder = create_run_folder(config, world_size=world_size, hosts=hosts)
+    require_shared(folder, hosts)
     say(f"run folder: {folder.path}")
     say("mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     say(f"a step: {describe_step(config, lanes)}")

@@ -2,7 +2,7 @@
 rename.
 
 A folder `step-NNNNNN` is complete: every rank has written and hashed its files in a folder of
-another name, and rank 0 has written the manifest of all, before it renames
+another name, and rank 0 has written the manifest of all and seen all of them, before it renames
 that folder. Nothing that exists is written to again; a save that fails is tried once more, in a new
 folder.
 """
@@ -43,6 +43,7 @@ from parallel.checkpoint import (
 from parallel.checkpoint_manifest import (
     FileRecord,
     hash_file,
+    structure_problems,
     write_manifest,
 )
 from parallel.checkpoint_metadata import CheckpointError
@@ -51,6 +52,7 @@ from parallel.mesh import from_first_rank
 
 _PATIENCE_SEC = 60.0  # for a save under way when the run fails: its other ranks may be gone
 _SECOND_TRY_AFTER_SEC = 10.0
+_SEEN_WITHIN_SEC = 90.0  # NFS may believe for 60 s that another node's new file isn't there
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,12 @@ class CheckpointSaver:
 def _commit(partial: Path, target: Path, files: Mapping[str, FileRecord]) -> None:
     """Rank 0's part: the manifest, and the checkpoint's own name; raises OSError."""
     write_manifest(partial, files)
+    deadline = time.monotonic() + _SEEN_WITHIN_SEC
+    while problems := structure_problems(partial):
+        if time.monotonic() > deadline:
+            told = "; ".join(problems)
+            raise OSError(f"{told}; is {partial.parent} on a file system that all nodes share?")
+        time.sleep(0.5)
     _sync(*partial.iterdir(), partial)
     os.rename(partial, target)
 

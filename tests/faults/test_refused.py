@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel.checkpoint_manifest import MANIFEST, hash_file, write_manifest
+from tests.faults.jobs import FAULTY, TIMEOUT
 from tests.faults.test_damaged import copy_of
 from tests.integration.runs import DEMO, side_by_side
+from tests.ranks import REPO, run_ranks
 from ttt_dist.moshi.tensor_files import HEADER_LIMIT
 
 pytestmark = pytest.mark.faults
@@ -123,3 +125,14 @@ def test_refused_starts_leave_no_run_folder_and_run_nobodys_code(jobs):
     assert [path.name for path in runs.iterdir()] == ["wrong base"]
     assert json.loads((runs / "wrong base" / "status.json").read_text())["state"] == "failed"
     assert not (runs / "wrong base" / "checkpoints").exists()
+
+
+def test_a_run_folder_that_another_node_does_not_see_is_refused(setting, tmp_path):
+    arguments = ["another disk", "1", *setting.arguments, "run_dir=run"]
+    job = run_ranks(2, FAULTY, arguments, timeout=TIMEOUT, cwd=tmp_path)
+    assert job.returncode != 0
+    assert job.stderr.count("This run can't start: 1 problem.") == 1
+    assert f"run_dir: {tmp_path / 'run'}, made on " in job.stderr
+    assert "name a folder on a file system that all nodes share" in job.stderr
+    assert f'File "{REPO / "launch"}' not in job.stderr
+    assert "loss" not in job.stdout

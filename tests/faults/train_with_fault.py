@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from launch import held_out, train
+from launch import held_out, run_folder, train
 from launch.guards.stop_signals import StopSignals
 from parallel import checkpoint_saver
 from parallel.checkpoint_saver import CheckpointSaver
@@ -127,6 +127,14 @@ def fill_disk_for_one_save() -> None:
     at_call(checkpoint_saver._Writer, "write_data", 3, lambda: limit_files(resource.RLIM_INFINITY))
 
 
+def another_disk() -> None:
+    """Relative paths lead this rank elsewhere, as a path of a node's own disk does on each node."""
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    run_folder._SEEN_WITHIN_SEC = 1.0  # it never will be
+
+
 KILL = send_self(signal.SIGKILL)
 SECOND = 2  # save
 FAULTS: dict[str, Callable[[], None]] = {
@@ -139,6 +147,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "killed before the manifest": lambda: at_call(checkpoint_saver, "write_manifest", SECOND, KILL),
     # Files are synced before the rename, the folder after it.
     "killed before the rename": lambda: at_call(checkpoint_saver, "_sync", 2 * SECOND - 1, KILL),
+    "another disk": another_disk,
     "full disk": lambda: in_step(fill_disk),
     "full disk for one save": fill_disk_for_one_save,
     "one bad step": lambda: no_numbers(1),
