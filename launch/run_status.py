@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ class RunStatus:
         self._writes = rank == 0
         self._first_step = self.step = step
         self._written = 0.0
+        self._lock = threading.Lock()  # the watchdog and a second SIGINT write from their threads
         self.preempted_by = ""
 
     def __enter__(self) -> RunStatus:
@@ -62,8 +64,14 @@ class RunStatus:
         """The run ends now, for this reason."""
         self._write("failed", reason)
 
+    def goes_on(self) -> None:
+        """It doesn't end, after all."""
+        self._write("running")
+
     def _write(self, state: State, reason: str = "") -> None:
-        if self._writes:
+        if not self._writes:
+            return
+        with self._lock:
             write_status(self._folder, state, self.step, reason, first_step=self._first_step)
             self._written = time.monotonic()
 

@@ -40,7 +40,7 @@ from launch.guards.not_finite import where_not_finite
 from launch.guards.sample_guard import SampleGuard
 from launch.guards.step_guard import StepGuard, describe_bad_step, too_many_bad_steps
 from launch.guards.stop_signals import StopSignals
-from launch.guards.watchdog import Watchdog
+from launch.guards.watchdog import GROUPS_LATER_SEC, LEAVES_LATER_SEC, Watchdog
 from launch.held_out import HeldOut
 from launch.make_demo_base import DemoBaseError, ensure_demo_base
 from launch.metrics import MetricsLogger, peak_flops, peak_memory_gib
@@ -78,11 +78,8 @@ def train(start: Start) -> None:
     config = start.config
 
     # 1. Ranks: process group, mesh, what one step consumes.
-    # Of a stuck collective, NCCL's own timeout and the watchdog's tell most, on GPUs and on CPUs:
-    # it comes first.
-    later = config.timeout_sec + 60
-    on_gpu = device_type() == "cuda"
-    timeout = timedelta(seconds=config.timeout_sec if on_gpu else later)
+    timeout = timedelta(seconds=config.timeout_sec + GROUPS_LATER_SEC)  # the watchdog tells first
+    leaves_later = LEAVES_LATER_SEC if device_type() == "cuda" else 0.0
     init_process_group(timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = local_device()
@@ -198,7 +195,9 @@ def train(start: Start) -> None:
                 announce=logger.say if logger is not None else None,
                 timeout=timeout,
             ) as saver,
-            Watchdog(later if on_gpu else config.timeout_sec, rank, status.failed) as watchdog,
+            Watchdog(
+                config.timeout_sec, rank, status.failed, status.goes_on, leaves_later
+            ) as watchdog,
             feeds.batches(first_step) as batches,
             open_profiler(config.profile, folder.profile, rank, first_step) as profiler,
         ):

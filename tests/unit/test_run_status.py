@@ -54,6 +54,14 @@ def test_an_error_is_its_reason_and_other_ranks_write_nothing(folder):
     assert told(folder) == ("failed", 4, 4, "ValueError: broken")
 
 
+def test_what_was_told_as_failed_may_go_on(folder):
+    with RunStatus(folder, 0) as status:
+        status.failed("a step takes long")
+        assert told(folder) == ("failed", 0, 0, "a step takes long")
+        status.goes_on()
+        assert told(folder) == ("running", 0, 0, "")
+
+
 def test_what_is_no_status_reads_as_none(folder):
     folder.status.write_text("{")
     assert read_status(folder) == {}
