@@ -24,7 +24,8 @@ class RunStatus:
 
     Attributes:
         step: steps done.
-        preempted_by: name of the signal that the run ends for, or empty; set it before leaving.
+        preempted_by: the signal that the run ends for, as `StopSignals.describe` has it, or empty;
+            set it before leaving.
     """
 
     def __init__(self, folder: RunFolder, rank: int, step: int = 0) -> None:

@@ -9,7 +9,6 @@ without torchrun, on GPUs and on CPUs.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -112,6 +111,7 @@ def train(start: Start) -> None:
     status = RunStatus(folder, rank, newest_step(folder) if config.resume else 0)
     signals = StopSignals(
         announce=lambda line: print(f"rank {rank}: {line}", flush=True),
+        saves=config.do_ckpt,
         on_abort=lambda: status.failed("aborted by a second SIGINT"),
     )
     with status, signals:
@@ -288,9 +288,10 @@ def train(start: Start) -> None:
                         run_evaluation(step)
                 if guard.must_stop:
                     saver.finish()
-                    raise UserError(too_many_bad_steps(guard, bad_step), title="The run stopped")
+                    told = too_many_bad_steps(guard, bad_step, saved=config.do_ckpt)
+                    raise UserError(told, title="The run stopped")
                 if preempted:
-                    status.preempted_by = signal.Signals(stop).name
+                    status.preempted_by = signals.describe(stop)
                     break
             watchdog.beat("the last checkpoint")
             saver.finish()
@@ -302,7 +303,8 @@ def train(start: Start) -> None:
             curve = plot_losses(folder.metrics, folder.loss_curve)
     say(f"\nrun folder: {folder.path}" + (f"\nloss curve: {curve}" if curve else ""))
     if status.preempted_by:
-        say(f"ended by {status.preempted_by} after step {status.step}; to go on: resume=true")
+        go_on = "; to go on: resume=true" if config.do_ckpt else ""
+        say(f"ended by {status.preempted_by} after step {status.step}{go_on}")
     say(f"next: tensorboard --logdir {folder.path.parent}")
     close_process_group()
 

@@ -263,7 +263,7 @@ class TrainConfig(Section):
     """global batches of an evaluation (with ttt.persistent_states: recordings of each lane); null:
     all of eval_data"""
     do_ckpt: bool = True
-    """write checkpoints"""
+    """write checkpoints; false: none at all, not even where the run is stopped"""
     ckpt_freq: Int = 0
     """steps between two checkpoints; below 1: after the last step alone"""
     num_ckpt_keep: PositiveInt | None = 3

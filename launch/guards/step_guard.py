@@ -131,10 +131,11 @@ def describe_bad_step(
     )
 
 
-def too_many_bad_steps(guard: StepGuard, last: BadStep) -> list[str]:
-    """Why the run stops, for a person."""
+def too_many_bad_steps(guard: StepGuard, last: BadStep, *, saved: bool) -> list[str]:
+    """Why the run stops, for a person; `saved`: with a checkpoint (`do_ckpt`)."""
+    weights = "are saved" if saved else "are not saved (do_ckpt=false)"
     return [
         f"{guard.in_a_row} steps in a row were left out (bad_steps.max_in_a_row); the last: {last}",
-        "the weights are those before them, and are saved; look at these samples, lower the "
+        f"the weights are those before them, and {weights}; look at these samples, lower the "
         "learning rates, or allow more; bad_steps.jsonl lists every such step",
     ]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: at the next step boundary, with a checkpoint.
+"""Signals that ask a run to stop: at the next step boundary, with a checkpoint if it writes any.
 
 SIGTERM comes from torchrun, a scheduler or a person, SIGUSR1 from SLURM ahead of the time limit,
 SIGINT from the keyboard.
@@ -17,6 +17,7 @@ from typing import Any
 from launch.supervise import SAME_KEY_PRESS, signal_when_parent_dies
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NOT_SAVED = "without a checkpoint (do_ckpt=false)"
 ABORTED = 128 + signal.SIGINT  # the exit code that shells give a process ended by SIGINT
 
 
@@ -31,6 +32,7 @@ class StopSignals:
 
     Args:
         announce: told once, from the thread, that a stop was asked for.
+        saves: whether the run saves a checkpoint where it is stopped (`do_ckpt`).
         on_abort: called from the thread before the process ends with exit code `ABORTED`. It must
             not wait for other ranks.
 
@@ -42,8 +44,11 @@ class StopSignals:
         ValueError: entered on another thread than the main one.
     """
 
-    def __init__(self, *, announce: Callable[[str], None], on_abort: Callable[[], None]) -> None:
+    def __init__(
+        self, *, announce: Callable[[str], None], saves: bool, on_abort: Callable[[], None]
+    ) -> None:
         self._announce = announce
+        self._saves = saves
         self._on_abort = on_abort
         self._first_interrupt: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -78,6 +83,10 @@ class StopSignals:
         """The number of `received`; 0 as long as there is none."""
         return 0 if self.received is None else int(signal.Signals[self.received])
 
+    def describe(self, number: int) -> str:
+        """What a run that ends for this signal says of it, in `status.json` too."""
+        return signal.Signals(number).name + ("" if self._saves else f" {_NOT_SAVED}")
+
     def _watch(self) -> None:
         while numbers := os.read(self._read_end, 64):
             for number in numbers:
@@ -94,7 +103,8 @@ class StopSignals:
         if self.received is None:
             self.received = number.name
             again = "; once more aborts" if number == signal.SIGINT else ""
-            self._announce(f"{number.name}: stopping after this step, with a checkpoint{again}")
+            saved = "with a checkpoint" if self._saves else _NOT_SAVED
+            self._announce(f"{number.name}: stopping after this step, {saved}{again}")
 
     def _abort(self) -> None:
         try:

@@ -53,6 +53,17 @@ def test_a_signal_before_the_first_logged_step_ends_the_run_as_well(setting, tmp
     assert_good(run, 2, STEP)
 
 
+def test_a_stop_of_a_run_that_saves_nothing_says_so(setting, tmp_path):
+    run = setting.run_with("SIGTERM", 1, tmp_path / "run", "do_ckpt=false")
+    assert run.job.returncode == 0, run.job.stderr
+    how = "without a checkpoint (do_ckpt=false)"
+    assert f"rank 1: SIGTERM: stopping after this step, {how}\n" in run.job.stdout
+    assert f"ended by SIGTERM {how} after step {STEP}\n" in run.job.stdout
+    assert "resume=true" not in run.job.stdout
+    assert (run.status["state"], run.status["reason"]) == ("preempted", f"SIGTERM {how}")
+    assert_good(run)
+
+
 def test_a_signal_in_the_last_step_changes_nothing(setting, tmp_path):
     run = setting.run_with(
         "SIGTERM", 1, tmp_path / "run", f"max_steps={STEP}", "do_eval=true", "eval_batches=1"

@@ -214,6 +214,10 @@ exit CODE
         ("preempted", 7, "SIGUSR1", 0, "preempted after step 7; requeued", 0),
         ("preempted", 3, "SIGUSR1", 0, "no step done since step 3, so not requeued", 1),
         ("preempted", 7, "SIGTERM", 0, "stopped by SIGTERM after step 7, so not requeued", 1),
+        (
+            *("preempted", 7, "SIGUSR1 without a checkpoint (do_ckpt=false)", 0),
+            *("stopped by SIGUSR1_without_a_checkpoint_(do_ckpt=false) after step 7, so not", 1),
+        ),
         ("failed", 7, "RuntimeError: x", 9, "the run is failed (exit code 9), so not requeued", 9),
         ("running", 7, "", 137, "died without a word after step 7 (exit code 137), so not", 137),
         ("finished", 7, "", 0, "finished after step 7", 0),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from launch.guards.step_guard import StepGuard
+from launch.guards.step_guard import BadStep, StepGuard, too_many_bad_steps
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,13 @@ def test_steps_in_a_row_stop_the_run():
     guard.skip()
     assert guard.must_stop
     assert guard.skipped == 3
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"), [(True, "and are saved;"), (False, "and are not saved (do_ckpt=false);")]
+)
+def test_what_is_told_of_the_weights_is_true(saved, told):
+    guard = StepGuard(1, None)
+    guard.skip()
+    _, weights = too_many_bad_steps(guard, BadStep(1, "loss nan", None, ["a"]), saved=saved)
+    assert told in weights

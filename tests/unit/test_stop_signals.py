@@ -25,7 +25,7 @@ say = lambda line: print(line, flush=True)
 # Ends by itself once a stop is asked for, as the training loop does.
 LOOP = """
 before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-with StopSignals(announce=say, on_abort=lambda: say("aborting")) as stop:
+with StopSignals(announce=say, saves=True, on_abort=lambda: say("aborting")) as stop:
     say("ready")
     while stop.received is None or sys.argv[1:] == ["stay"]:
         time.sleep(0.01)
@@ -40,7 +40,7 @@ STUCK = """
 import ctypes
 libc = ctypes.CDLL(None)
 mutex = ctypes.create_string_buffer(64)
-with StopSignals(announce=say, on_abort=lambda: say("aborting")):
+with StopSignals(announce=say, saves=True, on_abort=lambda: say("aborting")):
     libc.pthread_mutex_lock(mutex)
     say("ready")
     libc.pthread_mutex_lock(mutex)
@@ -143,7 +143,7 @@ def test_only_the_main_thread_can_take_signals():
 
     def enter() -> None:
         try:
-            with StopSignals(announce=print, on_abort=lambda: None):
+            with StopSignals(announce=print, saves=True, on_abort=lambda: None):
                 pass
         except ValueError as error:
             errors.append(error)
