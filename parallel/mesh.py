@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import sys
@@ -65,12 +66,14 @@ def init_process_group(timeout: timedelta, *, on_cpu: bool = False) -> None:
     """Join the job's process group: torchrun's, or one of this process alone without torchrun.
 
     NCCL on GPUs, gloo on CPUs. GPU jobs get gloo for CPU tensors too: checkpoints are planned over
-    it.
+    it. A rank that crashes inside a library says from then on where its threads were.
 
     Args:
         timeout: of joining, and of the group's collectives.
         on_cpu: ranks only talk to each other: gloo alone, whatever device they compute on.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     device = torch.device("cpu") if on_cpu else local_device()
     settings: dict[str, Any] = {"timeout": timeout}
     if "RANK" not in os.environ:

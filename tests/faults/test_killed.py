@@ -1,6 +1,7 @@
 """Ranks that die, stop or can't write, while they compute or save."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -40,6 +41,15 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(
     for name in unfinished:
         assert f"{name} was never finished" in resumed.job.stdout
         assert name in resumed.checkpoints
+
+
+def test_a_rank_that_crashes_in_a_library_says_where_it_was(setting, tmp_path):
+    run = setting.run_with("crashed in a step", 1, tmp_path / "run")
+    assert run.job.returncode != 0
+    assert "Signal 11 (SIGSEGV) received" in run.job.stderr
+    stack = run.job.stderr.split("Fatal Python error: Segmentation fault")[1]
+    assert re.search(r'File ".*/launch/train\.py", line \d+ in train', stack)
+    assert_good(run, 2)
 
 
 def test_a_full_disk_ends_the_run_on_all_ranks_and_leaves_what_was_saved(setting, tmp_path):

@@ -139,6 +139,7 @@ KILL = send_self(signal.SIGKILL)
 SECOND = 2  # save
 FAULTS: dict[str, Callable[[], None]] = {
     "killed in a step": lambda: in_step(KILL),
+    "crashed in a step": lambda: in_step(send_self(signal.SIGSEGV)),
     "stopped in a step": lambda: in_step(send_self(signal.SIGSTOP)),
     "disk that hangs": lambda: at_call(checkpoint_saver, "hash_file", 1, lambda: time.sleep(3600)),
     "killed before the metadata": lambda: at_call(
