@@ -67,9 +67,15 @@ def start_command(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # What started the tests may ignore it, as nohup does, and commands inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=_take_signals,
     )
+
+
+def _take_signals() -> None:
+    """What started the tests may ignore them, and commands inherit that: nohup does SIGHUP, a
+    script's background job SIGINT."""
+    for ignored in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(ignored, signal.SIG_DFL)
 
 
 def kill_job(process: subprocess.Popen[str]) -> None:
