@@ -6,18 +6,18 @@
 """
 
 import json
-import resource
 import sys
 import time
 
 import torch
 
+from launch.metrics import GIB, peak_memory_gib
 from parallel.activation import checkpoint_layers
 from tests.unit.moshi_cases import active_hybrid_model, clean_codes, set_windows
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_gib(torch.device("cpu")) * GIB
 
 
 def main(frames: int, mode: str) -> None:

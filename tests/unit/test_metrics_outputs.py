@@ -185,6 +185,14 @@ def test_device_facts_on_a_cpu() -> None:
     assert 0.01 < peak_memory_gib(cpu) < 64
 
 
+def test_memory_is_of_this_process_and_not_of_what_started_it() -> None:
+    held = bytearray(b"1") * (2 << 30)
+    code = "import launch.metrics as m, torch; print(m.peak_memory_gib(torch.device('cpu')))"
+    command = [sys.executable, "-c", code]
+    job = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(job.stdout) < len(held) / 2**30 - 0.5
+
+
 WANDB = """
 import sys
 import time
